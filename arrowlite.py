@@ -13,18 +13,18 @@ copied, and a shuffled table is the old buffers under a new list of row numbers.
                                          ...      +------------------------------------------------------------+
                                                       numpy views of one memory map: the file, byte for byte
 Public names
-    array(values, type=None)                     an Array from Python values, numpy, torch or another Arrow library
+    array(values, type=None)                  an Array from Python values, numpy, torch or another Arrow library
     Table.from_pydict / from_pylist / from_jsonl / from_arrow, and to_pydict / to_pylist / to_jsonl
     table[i], table[a:b], table["column"], slice, select, filter, map, shuffle, split, with_column, rename, drop, ...
     concat([tables]), read(path), write(table, path, stream=False), Writer(path, schema, stream=False)
-    Type, Field, Schema                          types are named by strings: "int32", "list<utf8>", "timestamp[us, UTC]"
+    Type, Field, Schema                       types are named by strings: "int32", "list<utf8>", "timestamp[us, UTC]"
 
-A file has one of two framings. The file format (the default: pyarrow, feather, polars, DuckDB) ends in a footer that
-lists the batches; the stream format (stream=True: datasets) is the same without the footer. `read` takes either.
+The file format (the default: pyarrow, feather, polars, DuckDB) ends in a footer that lists the batches; the stream
+format (stream=True: datasets) is the same without the footer. `read` takes either.
 
-    python arrowlite.py                          the demo; --bench compares with pyarrow and datasets at full size
-    python arrowlite.py schema|head FILE...      look into files
-    python arrowlite.py convert IN OUT           jsonl to Arrow, Arrow to jsonl, or one framing to the other
+    python arrowlite.py                       the demo; with --bench at full size
+    python arrowlite.py schema|head FILE...   look into files
+    python arrowlite.py convert IN OUT        by suffix: .jsonl, .arrows (the stream format), else the file format
 """
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ import datetime as dt
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from types import NoneType
 
 import numpy as np
 
 # --- types: one table drives everything ------------------------------------------------------------------------------
 
-# name: letters in the C interface, member of the Type union in file metadata and its numbers there (those that are not
-# fixed by the name: a unit, a size), dtype of the first buffer, layout (what the layouts are: see Array)
+# name: (letters in the C interface, member of the Type union in a file's metadata and the numbers it has there, dtype of
+# the first buffer, layout: what the layouts are, says Array)
 _TYPES = {
     "null": ("n", 1, (), None, "null"), "bool": ("b", 6, (), "?", "fixed"),
     "int8": ("c", 2, (8, 1), "i1", "fixed"), "uint8": ("C", 2, (8, 0), "u1", "fixed"),
@@ -57,31 +57,30 @@ _TYPES = {
     "binary": ("z", 4, (), "i4", "bytes"), "large_binary": ("Z", 19, (), "i8", "bytes"),
     "list": ("+l", 12, (), "i4", "list"), "large_list": ("+L", 21, (), "i8", "list"),
     "fixed_size_list": ("+w:", 16, ("size",), None, "fixed_list"), "struct": ("+s", 13, (), None, "struct"),
-    "dictionary": ("-", -1, (), None, "dictionary"),                # in both, the type of its values with a note
-    "string_view": ("vu", 24, (), "V16", "view"), "binary_view": ("vz", 23, (), "V16", "view"),     # read as large_*
+    "dictionary": ("-", -1, (), None, "dictionary"),            # in both, the type of its values with a note
+    "string_view": ("vu", 24, (), "V16", "view"), "binary_view": ("vz", 23, (), "V16", "view"),      # read as large_*
 }
 _UNSUPPORTED = {7: "decimal", 9: "time", 11: "interval", 14: "union", 17: "map", 22: "run_end_encoded", 25: "list_view",
-                26: "large_list_view", "d": "decimal", "tt": "time", "ti": "interval", "+u": "union", "+m": "map",
+                26: "large_list_view", "d:": "decimal", "tt": "time", "ti": "interval", "+u": "union", "+m": "map",
                 "+r": "run_end_encoded", "+v": "list_view"}
 _ALIASES = {"string": "utf8", "large_string": "large_utf8", "halffloat": "float16", "float": "float32",
-            "double": "float64"}                                    # pyarrow's spellings
+            "double": "float64"}                                # pyarrow's spellings
 _UNITS = ("s", "ms", "us", "ns")
-_MAX_BODILESS = 1 << 26     # rows that take no bytes, as nulls do, are believed up to here: a forged length is free
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Type:
     """A type's name, and what that name needs. It equals its spelling: column.type == "list<int32>"."""
     name: str
     fields: tuple[Field, ...] = ()      # list: the item; struct: the members; dictionary: the values
-    size: int = 0                       # bytes of a fixed_size_binary, items of a fixed_size_list; dictionary: its id
+    size: int = 0                       # fixed_size_binary: bytes; fixed_size_list: items; dictionary: its id in a file
     unit: str = ""                      # timestamp, duration: s, ms, us or ns
     tz: str = ""                        # timestamp: the time zone to show; the stored values are UTC
     index: Type | None = None           # dictionary: the integer type of its indices
     ordered: bool = False               # dictionary: whether the order of its values means something
 
-    @cached_property
-    def layout(self) -> str:
-        return _TYPES[self.name][4]
+    layout = property(lambda self: _TYPES[self.name][4])
+    family = property(lambda self: self.name.removeprefix("large_"))
+    item = property(lambda self: self.fields[0].type if self.fields else Type("uint8"))
 
     @cached_property
     def dtype(self) -> np.dtype | None:
@@ -96,22 +95,17 @@ class Type:
         """Whether numpy's own `item` and `tolist` give the right Python values."""
         return self.layout == "fixed" and self.dtype.kind in "biufV" and self.name != "date32"
 
-    @property
-    def item(self) -> Type:
-        return self.fields[0].type if self.fields else Type("uint8")
-
     @cached_property
     def text(self) -> str:
-        inner = [str(self.index)] if self.index else []
-        inner += [f"{f.name}: {f.type}" if self.name == "struct" else str(f.type) for f in self.fields]
+        inner = [f"{f.name}: {f.type}" if self.name == "struct" else str(f.type) for f in self.fields]
+        inner = ", ".join([str(self.index), *inner] if self.index else inner)
         brackets = [str(self.size)] if self.name.startswith("fixed_size") else [x for x in (self.unit, self.tz) if x]
-        return (self.name + f"<{', '.join(inner)}>" * (bool(inner) or self.name == "struct")
-                + f"[{', '.join(brackets)}]" * bool(brackets))
+        return self.name + (f"<{inner}>" if inner or self.name == "struct" else "") + (
+            f"[{', '.join(brackets)}]" if brackets else "")
 
     def __str__(self) -> str: return self.text
     def __repr__(self) -> str: return self.text
     def __hash__(self) -> int: return hash(self.text)
-
     def __eq__(self, other) -> bool:
         with contextlib.suppress(ValueError, TypeError):
             return self.text == as_type(other).text
@@ -126,18 +120,15 @@ class Field:
     metadata: dict[bytes, bytes] = field(default_factory=dict)
 
     def __post_init__(self):
-        encode = lambda x: x if isinstance(x, bytes) else x.encode()                                    # noqa: E731
+        pairs = [[x if isinstance(x, bytes) else x.encode() for x in pair] for pair in (self.metadata or {}).items()]
         object.__setattr__(self, "type", as_type(self.type))
-        object.__setattr__(self, "metadata", {encode(k): encode(v) for k, v in (self.metadata or {}).items()})
+        object.__setattr__(self, "metadata", dict(pairs))
 
-    @property
-    def names(self) -> list[str]: return [f.name for f in self.type.fields]
+    names = property(lambda self: [f.name for f in self.type.fields])
     def field(self, name: str) -> Field: return self.type.fields[self.position(name)]
     def __iter__(self): return iter(self.type.fields)
     def __len__(self) -> int: return len(self.type.fields)
-    def __str__(self) -> str:
-        return "\n".join(f"{f.name}: {f.type}{'' if f.nullable else ' not null'}" for f in self)
-
+    def __str__(self) -> str: return "\n".join(f"{f.name}: {f.type}{' not null' * (not f.nullable)}" for f in self)
     def position(self, name: str) -> int:
         if name not in self.names:
             raise KeyError(f"no column {name!r}; there are: {', '.join(self.names) or 'none'}")
@@ -146,7 +137,7 @@ class Field:
 def Schema(spec, metadata=None) -> Field:
     """From a schema, {name: type}, a list of fields or (name, type) pairs, or the schema of another Arrow library."""
     if hasattr(spec, "__arrow_c_schema__"):
-        spec = _import_field(_CSchema.from_address(_address(spec.__arrow_c_schema__(), b"arrow_schema")))
+        spec = _import_schema(spec)
     if not isinstance(spec, Field):
         pairs = spec.items() if isinstance(spec, dict) else spec
         spec = Field("", Type("struct", tuple(f if isinstance(f, Field) else Field(*f) for f in pairs)))
@@ -156,29 +147,26 @@ def Schema(spec, metadata=None) -> Field:
 
 def as_type(spec) -> Type:
     """From a Type, its spelling, a numpy dtype, int, float, str, bytes, bool, or a type of another Arrow library."""
-    if isinstance(spec, Type):
-        return spec
-    if hasattr(spec, "__arrow_c_schema__"):
-        return _import_field(_CSchema.from_address(_address(spec.__arrow_c_schema__(), b"arrow_schema"))).type
-    return _parse_type(spec) if isinstance(spec, str) else _type_of_dtype(np.dtype(spec))
+    if isinstance(spec, (Type, str)):
+        return spec if isinstance(spec, Type) else _parse_type(spec)
+    return _import_schema(spec).type if hasattr(spec, "__arrow_c_schema__") else _type_of_dtype(np.dtype(spec))
 
 def _parse_type(text: str) -> Type:
     parts = re.fullmatch(r"\s*(\w+)\s*(?:<(.*)>)?\s*(?:\[([^]<>]*)\])?(?: not null)?\s*", text, re.S)
     name = parts and _ALIASES.get(parts[1], parts[1])
     if name not in _TYPES:
         raise ValueError(f"{text!r} is not a supported Arrow type; they are {', '.join(_TYPES)}")
+    layout, numbers = _TYPES[name][4], _TYPES[name][2]
     inner = [Field(label or "item", spelling) for label, spelling in
              (re.fullmatch(r"(?:([^<>\[\]]*?): )?(.*)", part, re.S).groups() for part in _split(parts[2] or ""))]
-    index = inner.pop(0).type if name == "dictionary" and inner else None
-    brackets = [part.removeprefix("tz=") for part in _split(parts[3] or "")]
-    size = int(brackets[0]) if brackets and brackets[0].isdigit() else 0
-    unit, tz = [*brackets, "", ""][:2] if name in ("timestamp", "duration") else ("", "")
-    complete = len(inner) == (_TYPES[name][4] in ("list", "fixed_list", "dictionary")) or name == "struct"
-    if not complete or (name == "fixed_size_binary" and not size) or (index and index.dtype.kind not in "iu") or (
-            name in ("timestamp", "duration") and unit not in _UNITS):
+    index = inner.pop(0).type if layout == "dictionary" and inner else None
+    first, tz = [*(part.removeprefix("tz=") for part in _split(parts[3] or "")), "", ""][:2]
+    if (layout != "struct" and len(inner) != (layout in ("list", "fixed_list", "dictionary"))
+            or "unit" in numbers and first not in _UNITS or "size" in numbers and not first.isdigit()
+            or name == "fixed_size_binary" and first == "0" or index and index.dtype.kind not in "iu"):
         raise ValueError(f"{text!r} is not a complete type; write for example list<int32>, struct<a: int64, b: utf8>, "
                          "fixed_size_list<float32>[4], dictionary<int32, utf8>, timestamp[us, UTC]")
-    return Type(name, tuple(inner), size, unit, tz, index)
+    return Type(name, tuple(inner), int(first) if "size" in numbers else 0, *(first, tz) if "unit" in numbers else ("", ""), index)
 
 def _split(text: str) -> list[str]:
     """Split at the commas outside of brackets."""
@@ -193,16 +181,15 @@ def _type_of_dtype(dtype: np.dtype) -> Type:
     if kind in "iuf" and dtype.itemsize <= 8:
         return Type({"i": "int", "u": "uint", "f": "float"}[kind] + str(8 * dtype.itemsize))
     if unit:
-        name = "date32" if (kind, unit) == ("M", "D") else "timestamp" if kind == "M" else "duration"
-        return Type(name, unit="" if name == "date32" else unit if unit in _UNITS else "s")
+        return Type("date32") if (kind, unit) == ("M", "D") else Type("timestamp" if kind == "M" else "duration", unit=(
+            unit if unit in _UNITS else "s"))
     if kind == "V" and dtype.itemsize and dtype.fields is None:
         return Type("fixed_size_binary", size=dtype.itemsize)
     if kind in "bUS":
         return Type({"b": "bool", "U": "utf8", "S": "binary"}[kind])
     raise ValueError(f"numpy dtype {dtype} has no Arrow type; convert it first")
 
-def _list_of(item: Type, name: str = "list", size: int = 0) -> Type:
-    return Type(name, (Field("item", item),), size)
+def _list_of(item: Type, name: str = "list", size: int = 0) -> Type: return Type(name, (Field("item", item),), size)
 
 # --- arrays: numpy views that belong together ------------------------------------------------------------------------
 
@@ -213,8 +200,7 @@ class Bits:
     def __init__(self, bytes: np.ndarray, start: int, length: int):
         self.bytes, self.start, self.length = bytes, start, length
 
-    def item(self, i: int) -> bool:
-        return bool(self.bytes[(self.start + i) >> 3] >> ((self.start + i) & 7) & 1)
+    def item(self, i: int) -> bool: return bool(self.bytes[(self.start + i) >> 3] >> ((self.start + i) & 7) & 1)
 
     def __getitem__(self, pick: slice | np.ndarray):
         if isinstance(pick, slice):
@@ -247,26 +233,25 @@ class Array:
 
     def __init__(self, type: Type, length: int, data=None, children=(), valid=None):
         self.type, self.length, self.data, self.children, self.valid = type, length, data, tuple(children), valid
-        for view in (data, valid):
-            if isinstance(view, np.ndarray):
-                view.flags.writeable = False
+        if isinstance(data, np.ndarray):
+            data.flags.writeable = False
 
     def __len__(self) -> int: return self.length
     def __repr__(self) -> str: return f"{self.type} {self[:10].to_pylist()}{' ...' * (len(self) > 10)} {len(self):,} rows"
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
-    def __arrow_c_stream__(self, requested_schema=None): return _export_stream(Field("", self.type), iter([self]))
+    def __arrow_c_stream__(self, requested_schema=None): return _export(Field("", self.type), [self])
     def combine(self) -> Array: return self
+    def present(self) -> np.ndarray: return np.ones(self.length, bool) if self.valid is None else np.asarray(self.valid)
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            rows = range(self.length)[i]
-            return self.pick(slice(rows.start, max(rows.start, rows.stop)) if rows.step == 1 else np.array(rows, np.int64))
-        return self.at(_row(i, self.length))
+        if not isinstance(i, slice):
+            return self.at(_row(i, self.length))
+        rows = range(self.length)[i]
+        return self.pick(slice(rows.start, max(rows.start, rows.stop)) if rows.step == 1 else np.array(rows, np.int64))
 
     def pick(self, rows: slice | np.ndarray) -> Array:
         """Some of the rows. A slice(start, stop) shares every buffer; row numbers gather a dense copy."""
-        sliced, data, children = isinstance(rows, slice), self.data, self.children
-        length = rows.stop - rows.start if sliced else len(rows)
+        sliced, data, children, n = isinstance(rows, slice), self.data, self.children, self.type.size
         match self.type.layout:
             case "fixed" | "dictionary":
                 data = data[rows]
@@ -274,24 +259,41 @@ class Array:
                 data = data[rows.start : rows.stop + 1]
             case "bytes" | "list":
                 starts, lengths = self.spans(rows)
-                data, children = _offsets_of(lengths, self.type), [children[0]._gather(starts, lengths)]
+                data, children = _offsets_of(lengths, self.type), [children[0].gather(starts, lengths)]
             case "fixed_list":
-                n = self.type.size
                 items = slice(rows.start * n, rows.stop * n) if sliced else (rows[:, None] * n + np.arange(n)).ravel()
                 children = [children[0].pick(items)]
             case "struct":
                 children = [child.pick(rows) for child in children]
+        length = rows.stop - rows.start if sliced else len(rows)
         return Array(self.type, length, data, children, None if self.valid is None else self.valid[rows])
 
-    def spans(self, rows: slice | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where rows of a list or bytes array start in the child, and their lengths. Checked: a file may hold anything,
-        and a bad offset would lead to foreign bytes."""
-        starts, stops = (self.data[:-1], self.data[1:]) if isinstance(rows, slice) else (self.data[rows], self.data[rows + 1])
-        if len(starts) and not (starts.min() >= 0 and stops.max() <= len(self.children[0]) and (starts <= stops).all()):
-            raise _damaged(self.type)
-        return starts.astype(np.int64), (stops - starts).astype(np.int64)
+    def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where rows of a list or bytes array start in the child, and their lengths."""
+        starts, stops = self.data[rows].astype(np.int64), self.data[rows + 1].astype(np.int64)
+        self._check(len(rows) == 0 or starts.min() >= 0 and stops.max() <= len(self.children[0]) and (starts <= stops).all())
+        return starts, stops - starts
 
-    def _gather(self, starts: np.ndarray, lengths: np.ndarray) -> Array:
+    def used(self) -> tuple[np.ndarray, Array]:
+        """A list's offsets [rows + 1], moved to start at 0, and the part of the child that they cover."""
+        if self.type.layout == "fixed_list":
+            return np.arange(self.length + 1) * self.type.size, self.children[0]
+        start, stop = int(self.data[0]), int(self.data[-1])
+        self._check(0 <= start <= stop <= len(self.children[0]) and not (self.data[1:] < self.data[:-1]).any())
+        return self.data - start if start else self.data, self.children[0].pick(slice(start, stop))
+
+    def codes(self) -> np.ndarray:
+        """A dictionary's indices; those of null rows may be anything, and become 0."""
+        codes = self.data if self.valid is None else np.where(self.valid, self.data, self.data.dtype.type(0))
+        self._check(self.null_count == self.length or 0 <= codes.min() and codes.max() < len(self.children[0]))
+        return codes.astype(np.int64)
+
+    def _check(self, fine: bool) -> None:
+        """A file may hold anything: a bad offset or index would lead to foreign bytes."""
+        if not fine:
+            raise ValueError(f"a column of {self.type} points outside of its data; the file is damaged")
+
+    def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Array:
         """Rows start : start + length of every span, joined. Long spans are copied span by span, because an index
         array costs 8 bytes and some 5 ns an item; short ones are not worth a Python step each."""
         total = int(lengths.sum())
@@ -301,109 +303,85 @@ class Array:
         shift = starts - (np.cumsum(lengths) - lengths)     # from a row's number in the result to its number here
         return self.pick(np.repeat(shift, lengths) + np.arange(total))
 
-    def used(self) -> tuple[np.ndarray, Array]:
-        """Checked offsets [rows + 1] that start at 0, and the part of the child that they cover."""
-        self.spans(slice(None))
-        start, stop = int(self.data[0]), int(self.data[-1])
-        if not 0 <= start <= stop <= len(self.children[0]):
-            raise _damaged(self.type)
-        return self.data - start if start else self.data, self.children[0].pick(slice(start, stop))
-
-    def codes(self) -> np.ndarray:
-        """A dictionary's indices, checked; those of null rows may be anything, and become 0."""
-        codes = self.data if self.valid is None else np.where(self.valid, self.data, self.data.dtype.type(0))
-        if self.null_count < self.length and (codes.min() < 0 or codes.max() >= len(self.children[0])):
-            raise _damaged(self.type)
-        return codes.astype(np.int64)
-
-    def present(self) -> np.ndarray:
-        return np.ones(self.length, bool) if self.valid is None else np.asarray(self.valid)
-
     @property
     def null_count(self) -> int:
-        if self.type.layout == "null":
-            return self.length
-        return 0 if self.valid is None else self.length - int(np.count_nonzero(self.valid))
+        return self.length if self.type.name == "null" else self.length - int(np.count_nonzero(self.present()))
 
     @property
     def nbytes(self) -> int:
         """Bytes that these rows take in a file, without padding."""
-        bits = (self.valid is not None) + (self.type.name == "bool")
-        own = self.data.nbytes if isinstance(self.data, np.ndarray) and self.type.name != "bool" else 0
-        children = self.children
+        bits, is_bool, children = (self.length + 7) // 8, self.type.name == "bool", self.children
+        own = bits * ((self.valid is not None) + is_bool) + (0 if is_bool or self.data is None else self.data.nbytes)
         if self.type.layout in ("bytes", "list"):
             children = [children[0].pick(slice(int(self.data[0]), int(self.data[-1])))]
-        return own + bits * ((self.length + 7) // 8) + sum(child.nbytes for child in children)
+        return own + sum(child.nbytes for child in children)
 
     def at(self, i: int):
         """One row as a Python value. What training reads row by row has a short way; the rest goes through to_pylist."""
+        layout = self.type.layout
         if self.valid is not None and not self.valid.item(i):
             return None
         if self.type.plain:
             return self.data.item(i)
-        if self.type.layout in ("bytes", "list"):
+        if layout == "struct":
+            return {f.name: child.at(i) for f, child in zip(self.type.fields, self.children)}
+        if layout in ("bytes", "list") and self.children[0].type.plain and isinstance(self.children[0].data, np.ndarray):
             start, stop, child = self.data.item(i), self.data.item(i + 1), self.children[0]
-            if not 0 <= start <= stop <= len(child):
-                raise _damaged(self.type)
-            if self.type.layout == "bytes":
+            self._check(0 <= start <= stop <= len(child))
+            if layout == "bytes":
                 data = child.data[start:stop].tobytes()
-                return str(data, "utf8") if self.type.name.endswith("utf8") else data
-            if child.type.plain and child.valid is None and isinstance(child.data, np.ndarray):
+                return str(data, "utf8") if self.type.family == "utf8" else data
+            if child.valid is None:
                 return child.data[start:stop].tolist()
         return self.pick(slice(i, i + 1)).to_pylist()[0]
 
     def to_pylist(self) -> list:
-        valid = itertools.repeat(True) if self.valid is None else np.asarray(self.valid).tolist()
         match self.type.layout:
             case "null":
-                return [None] * self.length
+                out = [None] * self.length
             case "fixed":
-                out = np.asarray(self.data).tolist() if self.type.plain else _moments(self.type, self.data)
-            case "bytes":
-                ends, data = self.used()[0].tolist(), self.used()[1].data.tobytes()
-                decode = bytes
-                if self.type.name.endswith("utf8"):     # if ASCII, one decoding for all rows, then cuts
-                    data, decode = (data.decode(), str) if data.isascii() else (data, bytes.decode)
-                return [decode(data[a:b]) if ok else None for a, b, ok in zip(ends, ends[1:], valid)]
-            case "list":
-                ends, items = self.used()[0].tolist(), self.used()[1].to_pylist()
+                out = _numbers(np.asarray(self.data)) if self.type.plain else _moments(self.type, self.data)
+            case "bytes" | "list" | "fixed_list" as layout:
+                ends, items = self.used()
+                items, text = items.data.tobytes() if layout == "bytes" else items.to_pylist(), self.type.family == "utf8"
+                if text and items.isascii():                # one decoding for all rows, then cuts
+                    items, text = items.decode(), False
+                ends, valid = ends.tolist(), self.present().tolist() if text else ()    # a null's bytes need not be text
                 out = [items[a:b] for a, b in zip(ends, ends[1:])]
-            case "fixed_list":
-                items, n = self.children[0].to_pylist(), self.type.size
-                out = [items[i * n : (i + 1) * n] for i in range(self.length)]
+                out = [row.decode() if ok else None for row, ok in zip(out, valid)] if text else out
             case "struct":
                 names, members = [f.name for f in self.type.fields], [child.to_pylist() for child in self.children]
                 out = [dict(zip(names, row)) for row in zip(*members)] if names else [{} for _ in range(self.length)]
             case "dictionary":
-                values = self.children[0].to_pylist() or [None]
+                values = self.values.to_pylist() or [None]
                 out = [values[code] for code in self.codes().tolist()]
-        return out if self.valid is None else [value if ok else None for value, ok in zip(out, valid)]
+        return out if self.valid is None else [row if ok else None for row, ok in zip(out, self.present().tolist())]
 
     def to_numpy(self) -> np.ndarray:
         """Numbers and times without nulls: the buffer itself. With nulls: a copy, integers as float64 with NaN (as in
         pyarrow), times with NaT. fixed_size_list: [rows, size]. Text, lists, structs: an array of Python objects."""
-        layout, child = self.type.layout, self.children[0] if self.children else None
-        absent = ~self.present() if self.null_count else None
+        layout, child, nulls = self.type.layout, (self.children or (None,))[0], self.null_count
         if layout == "fixed":
             values = self.data.astype("M8[D]") if self.type.name == "date32" else np.asarray(self.data)
-            if absent is None:
-                return values
-            if values.dtype.kind in "iufmM":
+            if nulls and values.dtype.kind in "iufmM":
                 values = values.astype("f8") if values.dtype.kind in "iu" else values.copy()
-                values[absent] = np.nan if values.dtype.kind == "f" else "NaT"
+                values[~self.present()] = np.nan if values.dtype.kind == "f" else "NaT"
                 return values
-        elif layout == "dictionary" and absent is None and self.length:
+            if not nulls:
+                return values
+        if layout == "dictionary" and not nulls and self.length:
             return child.to_numpy()[self.codes()]
-        elif layout == "fixed_list" and absent is None:
-            items = child.to_numpy()
-            return items.reshape(self.length, self.type.size, *items.shape[1:])
-        rows = self.to_pylist()
+        if layout == "fixed_list" and not nulls:
+            return child.to_numpy().reshape(self.length, self.type.size, *child.to_numpy().shape[1:])
         if layout == "list" and child.type.plain and child.valid is None:
             ends, items = self.used()
             rows = [np.asarray(items.data)[a:b] for a, b in itertools.pairwise(ends.tolist())]
+            rows = rows if not nulls else [row if ok else None for row, ok in zip(rows, self.present().tolist())]
+        else:
+            rows = self.to_pylist()
         out = np.empty(self.length, object)
         for i, row in enumerate(rows):      # not out[:] = rows: numpy would spread equally long rows over a new axis
-            out[i] = None if absent is not None and absent[i] else row
+            out[i] = row
         return out
 
     def to_torch(self):
@@ -434,11 +412,8 @@ class Array:
 
     def _only(self, *layouts: str) -> Array:
         if self.type.layout not in layouts:
-            raise ValueError(f"{self.type} has no such part; it is for {' and '.join(layouts)}")
+            raise ValueError(f"{self.type} has no such part; that is for {' and '.join(layouts)}")
         return self
-
-def _damaged(kind: Type) -> ValueError:
-    return ValueError(f"a column of {kind} points outside of its data; the file is damaged")
 
 def _row(i: int, n: int) -> int:
     if not -n <= i < n:
@@ -453,21 +428,29 @@ def _offsets_of(lengths: np.ndarray, kind: Type) -> np.ndarray:
         raise ValueError(f"{offsets[-1]:,} bytes or items are too many for one {kind.name} array; use large_{kind.name}")
     return offsets.astype(kind.dtype, copy=False)
 
+def _numbers(values: np.ndarray) -> list:
+    """values.tolist(), but numbers as small as token ids are looked up, not made: 2x for a batch of documents."""
+    if len(values) < 5000 or values.dtype.kind not in "iu" or values.min() < 0 or values.max() >= 1 << 18:
+        return values.tolist()
+    return _small_numbers().take(values).tolist()
+
+@functools.cache
+def _small_numbers() -> np.ndarray: return np.arange(1 << 18).astype(object)
+
 def _moments(kind: Type, values: np.ndarray) -> list:
     """date, datetime, timedelta where they hold the value exactly, else numpy's scalar (nanoseconds, far years)."""
     if kind.unit == "ns":
         return list(values)
     values = values.astype("M8[D]") if kind.name.startswith("date") else values
     out = [values[i] if isinstance(value, int) else value for i, value in enumerate(values.tolist())]
-    if not kind.tz:
-        return out
     try:
-        zone = zoneinfo.ZoneInfo(kind.tz) if kind.tz[0] not in "+-" else dt.datetime.strptime(kind.tz, "%z").tzinfo
+        zone = kind.tz and (zoneinfo.ZoneInfo(kind.tz) if kind.tz[0] not in "+-" else dt.datetime.strptime(kind.tz, "%z").tzinfo)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         zone = dt.timezone.utc              # a zone that this machine does not know: the instant is exact all the same
-    utc = [value.replace(tzinfo=dt.timezone.utc) if isinstance(value, dt.datetime) else value for value in out]
-    edge = range(2, 9999)                   # astimezone overflows within a day of datetime's ends: those stay in UTC
-    return [v.astimezone(zone) if isinstance(v, dt.datetime) and v.year in edge else v for v in utc]
+    def show(utc: dt.datetime) -> dt.datetime:      # astimezone overflows within a day of datetime's ends
+        utc = utc.replace(tzinfo=dt.timezone.utc)
+        return utc.astimezone(zone) if 1 < utc.year < 9999 else utc
+    return [show(value) if isinstance(value, dt.datetime) else value for value in out] if zone else out
 
 # --- from Python values to arrays ------------------------------------------------------------------------------------
 
@@ -478,7 +461,7 @@ def array(values, type=None) -> Array:
     elif hasattr(values, "__arrow_c_stream__") or hasattr(values, "__arrow_c_array__"):
         built = Column(*_import(values)).combine()
     else:
-        built = _from_numpy(np.asarray(values)) if hasattr(values, "__array__") else _build(list(values))
+        built = _from_numpy(np.asanyarray(values)) if hasattr(values, "__array__") else _build(list(values))
     return built if type is None else _cast(built, as_type(type))
 
 # Python's types by family, in the order in which they are tried: a bool is an int to Python, never to us
@@ -488,41 +471,39 @@ _FAMILIES = {"bool": (bool, np.bool_), "int": (int, np.integer), "float": (float
 
 def _build(values: list) -> Array:
     """Python values as an array of the type that is natural for them; any other type is a cast away."""
-    kinds = set(map(type, values)) - {NoneType}
-    families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__)
-                for kind in kinds}
-    family = "float" if families == {"int", "float"} else families.pop() if len(families) == 1 else "null"
-    if families and (family == "null" or family not in _FAMILIES):
-        raise ValueError(f"a column cannot hold {' and '.join(sorted(families)) or family} values; convert them first")
-    if family == "null":
-        return Array(Type("null"), len(values))
-    present = np.fromiter((v is not None for v in values), bool, len(values))
+    kinds, n = set(map(type, values)) - {NoneType}, len(values)
+    families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__) for kind in kinds}
+    family = "float" if families == {"int", "float"} else " and ".join(sorted(families))
+    if not family:
+        return Array(Type("null"), n)
+    if family not in _FAMILIES:
+        raise ValueError(f"a column cannot hold {family} values; convert them first")
+    present = np.fromiter((v is not None for v in values), bool, n)
     where, valid = (slice(None), None) if present.all() else (present, present)
     some = values if valid is None else [v for v in values if v is not None]
     if family == "struct":
         names = dict.fromkeys(itertools.chain.from_iterable(some))
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"the names of a struct must be text: {list(names)[:5]}")
-        members = [_build([v and v.get(name) for v in values]) for name in names]
-        fields = tuple(Field(name, member.type) for name, member in zip(names, members))
-        return Array(Type("struct", fields), len(values), None, members, valid)
+        members = {name: _build([v and v.get(name) for v in values]) for name in names}
+        return Array(Type("struct", tuple(Field(k, a.type) for k, a in members.items())), n, None, members.values(), valid)
     if family in ("list", "utf8", "binary"):
-        if family == "list" and all(isinstance(v, np.ndarray) for v in some):
-            child = _from_numpy(np.concatenate(some))
-        elif family == "list":
-            child = _build(list(itertools.chain.from_iterable(some)))
-        else:
+        if family != "list":
             some = [v.encode() for v in some] if family == "utf8" else some
-            child = Array(Type("uint8"), sum(map(len, some)), np.frombuffer(b"".join(some), np.uint8))
-        lengths = np.zeros(len(values), np.int64)
+            child = _from_numpy(np.frombuffer(b"".join(some), np.uint8))
+        elif all(isinstance(v, np.ndarray) for v in some):
+            child = _from_numpy(np.concatenate(some))
+        else:
+            child = _build(list(itertools.chain.from_iterable(some)))
+        lengths = np.zeros(n, np.int64)
         lengths[where] = np.fromiter(map(len, some), np.int64, len(some))
         name = "large_" * (len(child) >= 2**31) + family
         kind = _list_of(child.type, name) if family == "list" else Type(name)
-        return Array(kind, len(values), _offsets_of(lengths, kind), [child], valid)
+        return Array(kind, n, _offsets_of(lengths, kind), [child], valid)
     kind, dense = _scalars(family, some)
-    data = np.zeros(len(values), dense.dtype)
+    data = np.zeros(n, dense.dtype)
     data[where] = dense
-    return Array(kind, len(values), data, (), valid)
+    return Array(kind, n, data, (), valid)
 
 def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
     if family in ("timestamp", "date", "duration"):
@@ -536,21 +517,21 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
         low, high = min(values), max(values)
         if low < -(2**63) or high >= (2**64 if low >= 0 else 2**63):
             raise ValueError(f"the integers from {low} to {high} do not fit in 64 bits; store them as text")
-        dense = np.array(values, np.int64 if high < 2**63 else np.uint64)
-    else:
-        dense = np.array(values)
-        if dense.dtype.kind == "f" and any(isinstance(v, int) and abs(v) > 2**53 for v in values):
-            raise ValueError("a column of floats has an integer beyond 2**53, which no float holds exactly")
+        return (Type("int64"), np.array(values, np.int64)) if high < 2**63 else (Type("uint64"), np.array(values, np.uint64))
+    dense = np.array(values)
+    if dense.dtype.kind == "f" and any(isinstance(v, int) and abs(v) > 2**53 for v in values):
+        raise ValueError("a column of floats has an integer beyond 2**53, which no float holds exactly")
     return _type_of_dtype(dense.dtype), dense
+
+def _zone_name(value) -> str:
+    zone = getattr(value, "tzinfo", None)
+    offset = f"{value:%z}" if zone else ""
+    return getattr(zone, "key", None) or ("UTC" if zone == dt.timezone.utc else offset[:3] + ":" * bool(offset) + offset[3:5])
 
 def _from_moments(a: np.ndarray) -> tuple[Type, np.ndarray]:
     """numpy has units from years to attoseconds, Arrow days (as 32-bit numbers) and seconds to nanoseconds."""
     kind = _type_of_dtype(a.dtype)
     return kind, a.astype("M8[D]" if kind == "date32" else kind.dtype, copy=False).astype(kind.dtype, copy=False)
-
-def _zone_name(value) -> str:
-    zone = getattr(value, "tzinfo", None)
-    return "" if zone is None else getattr(zone, "key", None) or ("UTC" if zone == dt.timezone.utc else f"{value:%z}")
 
 def _from_numpy(a: np.ndarray) -> Array:
     """A view where numpy and Arrow agree. A further axis becomes a fixed_size_list, NaT becomes null."""
@@ -563,31 +544,28 @@ def _from_numpy(a: np.ndarray) -> Array:
         return _build(a.tolist())
     valid = ~np.isnat(a) if a.dtype.kind in "mM" and np.isnat(a).any() else None
     kind, a = _from_moments(a) if a.dtype.kind in "mM" else (_type_of_dtype(a.dtype), a)
-    a = np.ascontiguousarray(a.astype(kind.dtype, copy=False)).view()
-    return Array(kind, len(a), a, (), valid)
+    return Array(kind, len(a), np.ascontiguousarray(a.astype(kind.dtype, copy=False)).view(), (), valid)
 
 # --- one type for all parts: unify, cast, concatenate ----------------------------------------------------------------
 
 def unify(a: Type, b: Type) -> Type:
     """The narrowest type that holds the values of both without loss."""
-    if a == b or b.name == "null":
-        return a
-    if a.name == "null":
-        return b
+    if a == b or "null" in (a.name, b.name):
+        return b if a.name == "null" else a
     if "dictionary" in (a.name, b.name):
         return unify(*(t.item if t.name == "dictionary" else t for t in (a, b)))
-    layouts, families = {a.layout, b.layout}, {t.name.removeprefix("large_") for t in (a, b)}
+    layouts = {a.layout, b.layout}
     if a.plain and b.plain and {a.dtype.kind, b.dtype.kind} <= set("iuf"):
         common = np.promote_types(a.dtype, b.dtype)
         if common.kind != "f" or "f" in (a.dtype.kind, b.dtype.kind):   # int64 and uint64: numpy's float64 would round
             return _type_of_dtype(common)
-    elif a.unit and a.name == b.name and a.tz == b.tz:
+    elif a.unit and (a.name, a.tz) == (b.name, b.tz):
         return max(a, b, key=lambda t: _UNITS.index(t.unit))
-    elif layouts == {"bytes"} and len(families) == 1:
-        return Type(f"large_{families.pop()}")
+    elif layouts == {"bytes"} and a.family == b.family:
+        return Type(f"large_{a.family}")
     elif layouts <= {"list", "fixed_list"}:
-        name = a.name if (a.name, a.size) == (b.name, b.size) else "large_" * ("large_list" in (a.name, b.name)) + "list"
-        return _list_of(unify(a.item, b.item), name, a.size if name == a.name else 0)
+        same, large = (a.name, a.size) == (b.name, b.size), "large_list" in (a.name, b.name)
+        return _list_of(unify(a.item, b.item), a.name if same else "large_list" if large else "list", a.size if same else 0)
     elif layouts == {"struct"}:
         members = {f.name: f for f in a.fields}
         for f in b.fields:
@@ -610,35 +588,30 @@ def _nulls(kind: Type, n: int) -> Array:
     sizes = {"fixed_list": n * kind.size, "struct": n}
     data = None if kind.dtype is None else np.zeros(n + (kind.layout in ("bytes", "list")), kind.dtype)
     items = [f.type for f in kind.fields] or [kind.item] * (kind.layout == "bytes")
-    valid = np.zeros(n, bool) if n and kind.layout != "null" else None
+    valid = np.zeros(n, bool) if n and kind.name != "null" else None
     return Array(kind, n, data, [_nulls(item, sizes.get(kind.layout, 0)) for item in items], valid)
 
 def _cast(a: Array, to: Type) -> Array:
     """The same values as another type; a ValueError where one would change."""
     source, data, children, present, child = a.type, None, (), a.present(), (a.children or (None,))[0]
     layouts = (source.layout, to.layout)
-    if source == to:
-        return a
-    if source.name == "null":
-        return _nulls(to, len(a))
+    if source == to or source.name == "null":
+        return a if source == to else _nulls(to, len(a))
     if source.name == "dictionary":
         plain = child.pick(a.codes()) if len(child) else _nulls(source.item, len(a))
         return _cast(Array(plain.type, len(a), plain.data, plain.children, present & plain.present()), to)
     if to.name == "dictionary":
-        items, code_of, firsts = _cast(a, to.item), {}, []
-        codes = [code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())]
-        data, firsts = _exact(np.array(codes, np.int64), Type("int64"), to.index, True), np.unique(codes, return_index=True)[1]
-        children = [items.pick(firsts)]
+        items, code_of = _cast(a, to.item), {}
+        codes = np.array([code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())], np.int64)
+        data, children = _exact(codes, Type("int64"), to.index, True), [items.pick(np.unique(codes, return_index=True)[1])]
     elif layouts == ("fixed", "fixed"):
         data = _exact(np.asarray(a.data), source, to, present)
-    elif layouts == ("bytes", "bytes") and source.name.removeprefix("large_") == to.name.removeprefix("large_") or (
-            layouts == ("list", "list")):
+    elif layouts == ("list", "list") or layouts == ("bytes", "bytes") and source.family == to.family or (
+            layouts == ("fixed_list", "list")):
         offsets, items = a.used()
         data, children = _offsets_of(np.diff(offsets), to), [_cast(items, to.item)]
-    elif layouts == ("fixed_list", "list"):
-        data, children = _offsets_of(np.full(len(a), source.size), to), [_cast(child, to.item)]
     elif to.size and (layouts == ("list", "fixed_list") or source.name == "binary" and layouts[1] == "fixed"):
-        starts, lengths = a.spans(slice(None))
+        starts, lengths = a.spans(np.arange(len(a)))
         if (lengths[present] != to.size).any():
             raise ValueError(f"a row of {lengths[present][lengths[present] != to.size][0]} is no {to}")
         rows = np.where(present, starts, 0)[:, None] + np.arange(to.size)               # a null row takes any items
@@ -650,7 +623,7 @@ def _cast(a: Array, to: Type) -> Array:
         mine = dict(zip((f.name for f in source.fields), a.children))
         for f in to.fields:
             with _naming(f"column {f.name!r}: "):
-                children += (_cast(mine.get(f.name, _nulls(Type("null"), len(a))), f.type),)
+                children += (_cast(mine.get(f.name, Array(Type("null"), len(a))), f.type),)
     else:
         raise ValueError(f"{source} cannot become {to}")
     return Array(to, len(a), data, children, a.valid)
@@ -678,16 +651,14 @@ def _concat(kind: Type, arrays: list[Array]) -> Array:
             data = np.concatenate([np.asarray(a.data) for a in arrays])
         case "dictionary":
             values = list({id(a.values): a.values for a in arrays}.values())
-            if len(values) == 1:
-                data, children = np.concatenate([a.data for a in arrays]), values
-            else:                                       # encode what they hold together: each distinct value once
-                starts = dict(zip(map(id, values), itertools.accumulate(map(len, values), initial=0)))
-                both = _cast(_concat(kind.item, values), kind)
-                data = np.concatenate([both.data[a.codes() + starts[id(a.values)]] for a in arrays])
-                children = both.children
+            both = Array(kind, 0, None, values) if len(values) == 1 else _cast(_concat(kind.item, values), kind)
+            starts = dict(zip(map(id, values), itertools.accumulate(map(len, values), initial=0)))
+            moved = [a.data if len(values) == 1 else both.data[a.codes() + starts[id(a.values)]] for a in arrays]
+            data, children = np.concatenate(moved), both.children       # each distinct value of all of them once
         case "bytes" | "list":
-            data = _offsets_of(np.concatenate([a.spans(slice(None))[1] for a in arrays]), kind)
-            children = [_concat(kind.item, [a.used()[1] for a in arrays])]
+            parts = [a.used() for a in arrays]
+            data = _offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in parts]), kind)
+            children = [_concat(kind.item, [child for _, child in parts])]
         case "struct" | "fixed_list":
             children = [_concat(f.type, [a.children[k] for a in arrays]) for k, f in enumerate(kind.fields)]
     valid = np.concatenate([a.present() for a in arrays]) if any(a.valid is not None for a in arrays) else None
@@ -697,10 +668,7 @@ def _concat(kind: Type, arrays: list[Array]) -> Array:
 
 class Lazy:
     """A list of n items, each made when it is first asked for."""
-
-    def __init__(self, n: int, make):
-        self.n, self.make = n, functools.cache(make)
-
+    def __init__(self, n: int, make): self.n, self.make = n, functools.cache(make)
     def __len__(self) -> int: return self.n
     def __getitem__(self, i: int): return self.make(i if i < self.n else [][i])
 
@@ -713,13 +681,14 @@ class Column:
         self.starts = list(itertools.accumulate(map(len, chunks) if lengths is None else lengths, initial=0))
         self.rows = range(self.starts[-1]) if rows is None else rows
 
-    @property
-    def type(self) -> Type: return self.schema.type
+    type = property(lambda self: self.schema.type)
+    lengths = property(lambda self: np.diff(self.starts).tolist())
+    null_count = property(lambda self: sum(a.null_count for a in self.pieces()[0]))
     def __len__(self) -> int: return len(self.rows)
     def __repr__(self) -> str: return repr(self[:10].combine())
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
-    def __arrow_c_stream__(self, requested_schema=None): return _export_stream(self.schema, self.batches())
-    def __reduce__(self): return type(self), (self.schema, list(self.batches()))
+    def __arrow_c_stream__(self, requested_schema=None): return _export(self.schema, self.batches())
+    def __reduce__(self): return type(self), (self.schema, [_compact(a) for a in self.batches()])
 
     def __getattr__(self, name: str):
         """What else there is to read (to_numpy, to_torch, values, ...) is read from the rows as one array."""
@@ -736,12 +705,7 @@ class Column:
 
     def __iter__(self):
         for start in range(0, len(self), 1000):
-            yield from self[start : start + 1000].combine().to_pylist()
-
-    def view(self, rows) -> Column:
-        view = type(self).__new__(type(self))
-        view.schema, view.chunks, view.starts, view.rows = self.schema, self.chunks, self.starts, rows
-        return view
+            yield from self[start : start + 1000].to_pylist()
 
     def pieces(self) -> tuple[list[Array], np.ndarray | None]:
         """These rows chunk by chunk, and the order that puts them right (None: they are)."""
@@ -770,27 +734,23 @@ class Column:
         return values if order is None else [values[i] for i in order.tolist()]
 
     @property
-    def null_count(self) -> int: return sum(a.null_count for a in self.pieces()[0])
-
-    @property
     def nbytes(self) -> int:
         if isinstance(self.rows, range):
             return sum(a.nbytes for a in self.pieces()[0])
         return sum(a.nbytes for a in self.chunks) * len(self) // max(1, self.starts[-1])    # their share: none is read
 
-    def batches(self, max_bytes: int = 64 << 20):
+    def batches(self, max_bytes: int = 64 << 20) -> list[Array] | Lazy:
         """The rows as arrays: as the chunks lie, or gathered a stretch at a time after a shuffle."""
         if isinstance(self.rows, range):
-            yield from self.pieces()[0]
-        else:
-            step = max(1, max_bytes * len(self) // (self.nbytes + 1))
-            yield from (self[start : start + step].combine() for start in range(0, len(self), step))
+            return self.pieces()[0]
+        step = max(1, max_bytes * len(self) // (self.nbytes + 1))
+        return Lazy(-(-len(self) // step), lambda k: self[k * step : (k + 1) * step].combine())
 
     def cast(self, kind) -> Column:
         """The same values as another type; a ValueError if one would change."""
         kind = as_type(kind)
         chunks = Lazy(len(self.chunks), lambda k: _cast(self.chunks[k], kind))
-        return type(self)(replace(self.schema, type=kind), chunks, np.diff(self.starts).tolist(), self.rows)
+        return type(self)(replace(self.schema, type=kind), chunks, self.lengths, self.rows)
 
     def slice(self, offset: int = 0, length: int | None = None) -> Column:
         if offset < 0 or (length or 0) < 0:
@@ -799,24 +759,28 @@ class Column:
 
     def select(self, indices) -> Column:
         """The rows of these numbers, in this order; negative ones count from the end."""
-        n = len(self)
+        n, mine = len(self), self.rows
         if isinstance(indices, range) and indices.step == 1 and 0 <= indices.start and indices.stop <= n:
-            return self.view(self.rows[indices.start : max(indices.start, indices.stop)])
-        picks = np.asarray(indices if hasattr(indices, "__array__") else list(indices))
-        if picks.size and (picks.dtype.kind not in "iu" or picks.ndim != 1):
-            raise ValueError(f"select takes row numbers, not {picks.dtype}; for a mask there is filter")
-        picks = picks.astype(np.int64)
-        for bad in picks[(picks < -n) | (picks >= n)][:1].tolist():
-            raise IndexError(f"row {bad} of {n:,} rows")
-        picks = np.where(picks < 0, picks + n, picks)
-        return self.view(picks + self.rows.start if isinstance(self.rows, range) else self.rows[picks])
+            rows = mine[indices.start : max(indices.start, indices.stop)]
+        else:
+            picks = np.asarray(indices if hasattr(indices, "__array__") else list(indices))
+            if picks.size and (picks.dtype.kind not in "iu" or picks.ndim != 1):
+                raise ValueError(f"select takes row numbers, not {picks.dtype}; for a mask there is filter")
+            picks = picks.astype(np.int64)
+            for bad in picks[(picks < -n) | (picks >= n)][:1].tolist():
+                raise IndexError(f"row {bad} of {n:,} rows")
+            picks = np.where(picks < 0, picks + n, picks)
+            rows = picks + mine.start if isinstance(mine, range) else mine[picks]
+        view = object.__new__(type(self))
+        view.__dict__.update(self.__dict__, rows=rows)
+        return view
 
     def filter(self, keep) -> Column:
         """The rows for which a function, or a mask of bools (null is no), says yes."""
         mask = array([bool(keep(row)) for row in self] if callable(keep) else keep)
         if len(mask) != len(self) or mask.type not in ("bool", "null"):
             raise ValueError(f"a mask of {len(mask):,} {mask.type} for {len(self):,} rows; it must be a bool a row")
-        return self.select(np.flatnonzero(_cast(mask, Type("bool")).data & mask.present()))
+        return self.select(np.flatnonzero(np.asarray(_cast(mask, Type("bool")).data) & mask.present()))
 
     def shuffle(self, seed: int | None = None) -> Column:
         return self.select(np.random.default_rng(seed).permutation(len(self)))
@@ -833,6 +797,10 @@ class Column:
 
 class Table(Column):
     """Named columns of equal length. Every method gives a new table and leaves this one as it is."""
+    num_rows = property(Column.__len__)
+    num_columns = property(lambda self: len(self.schema))
+    column_names = property(lambda self: self.schema.names)
+    def __repr__(self) -> str: return f"Table of {self.num_rows:,} rows\n{self.schema}"
 
     @classmethod
     def from_pydict(cls, columns: dict, schema=None) -> Table:
@@ -880,35 +848,28 @@ class Table(Column):
         return spool.table(schema)
 
     def to_pydict(self) -> dict[str, list]: return {name: self[name].to_pylist() for name in self.schema.names}
-
     def to_jsonl(self, path) -> None:
         with _atomic(path) as file:
             for row in self:
                 file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
-
-    num_rows = property(Column.__len__)
-    num_columns = property(lambda self: len(self.schema))
-    column_names = property(lambda self: self.schema.names)
-
-    def __repr__(self) -> str: return f"Table of {self.num_rows:,} rows\n{self.schema}"
 
     def __getitem__(self, key):
         """A row as a dict, a slice as a table, or a column by its name."""
         if not isinstance(key, str):
             return super().__getitem__(key)
         k = self.schema.position(key)
-        chunks = Lazy(len(self.chunks), lambda i: self.chunks[i].children[k])
-        return Column(self.schema.field(key), chunks, np.diff(self.starts).tolist(), self.rows)
+        return Column(self.schema.field(key), Lazy(len(self.chunks), lambda i: self.chunks[i].children[k]), self.lengths, self.rows)
 
-    def _with(self, fields: list[Field], members) -> Table:
-        """Other columns over the same rows: members(struct array, chunk number) gives their arrays."""
+    def _members(self, fields: list[Field], places: list[int]) -> Table:
         schema = Schema(fields, self.schema.metadata)
-        chunks = Lazy(len(self.chunks), lambda k: Array(schema.type, len(self.chunks[k]), None, members(self.chunks[k], k)))
-        return Table(schema, chunks, np.diff(self.starts).tolist(), self.rows)
+        def chunk(i: int) -> Array:
+            a = self.chunks[i]
+            return Array(schema.type, len(a), None, [a.children[place] for place in places])
+        return Table(schema, Lazy(len(self.chunks), chunk), self.lengths, self.rows)
 
     def select_columns(self, names: list[str]) -> Table:
         places = [self.schema.position(name) for name in ([names] if isinstance(names, str) else names)]
-        return self._with([self.schema.type.fields[p] for p in places], lambda a, _: [a.children[p] for p in places])
+        return self._members([self.schema.type.fields[place] for place in places], places)
 
     def drop(self, names: list[str]) -> Table:
         gone = {self.schema.position(name) for name in ([names] if isinstance(names, str) else names)}
@@ -917,42 +878,40 @@ class Table(Column):
     def rename(self, names: dict[str, str]) -> Table:
         for name in names:
             self.schema.position(name)
-        return self._with([replace(f, name=names.get(f.name, f.name)) for f in self.schema], lambda a, _: a.children)
+        return self._members([replace(f, name=names.get(f.name, f.name)) for f in self.schema], list(range(len(self.schema))))
 
     def with_column(self, name: str, values, type=None) -> Table:
-        """Add or replace a column. The rows of a shuffled table are gathered for it, as the new values have no others."""
-        new = array(values, type)
+        """Add or replace a column. The rows of a shuffled table are gathered, since the new values are in their order."""
+        new, old = array(values, type), list(self.batches())
         if len(new) != self.num_rows and self.schema.names:
             raise ValueError(f"column {name!r} has {len(new):,} rows, the table {self.num_rows:,}")
-        whole = self if isinstance(self.rows, range) else Table(self.schema, list(self.batches()))
-        if not self.schema.names:
-            return Table.from_pydict({name: new})
-        fields, starts = {f.name: f for f in self.schema}, whole.starts
-        fields[name] = Field(name, new.type)
-        chunks = whole.pieces()[0]
-        starts = itertools.accumulate(map(len, chunks), initial=0)
-        schema = Schema(list(fields.values()), self.schema.metadata)
-        out = []
-        for a, start in zip(chunks, starts):
+        fields = {f.name: f for f in self.schema} | {name: Field(name, new.type)}
+        schema, start, chunks = Schema(list(fields.values()), self.schema.metadata), 0, []
+        for a in old if self.schema.names else [Array(self.type, len(new))]:
             members = dict(zip(self.schema.names, a.children)) | {name: new.pick(slice(start, start + len(a)))}
-            out.append(Array(schema.type, len(a), None, members.values()))
-        return Table(schema, out)
+            chunks.append(Array(schema.type, len(a), None, members.values()))
+            start += len(a)
+        return Table(schema, chunks)
 
     def map(self, fn, batched: bool = False, batch_size: int = 1000, workers: int = 0, remove_columns=()) -> Table:
         """Merge what fn returns for a row, {column: value}, into the row. With batched=True fn takes and returns
         {column: list}, and may change the number of rows if remove_columns names all that it leaves. workers: processes
         (forked, so fn may be any function)."""
-        job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
+        global _job
+        _job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
         starts, spool = range(0, len(self), batch_size), _Spool()
         with contextlib.ExitStack() as stack:
-            results = map(job, starts)
+            results = map(_job, starts)
             if workers:
-                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (job,))
+                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
                 stack.callback(pool.shutdown, cancel_futures=True)
                 results = pool.map(_work, starts)
             for part in _progress(results, len(starts)):
                 spool.add(part)
         return spool.table(None if starts else self.drop(list(remove_columns)).schema)
+
+_job = None                             # what a worker process does: it is forked with this set
+def _work(start: int) -> Table: return _job(start)
 
 def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], start: int) -> Table:
     part = table[start : start + size]
@@ -978,14 +937,6 @@ def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], st
     fields = [kept.get(name) or Field(name, arrays[name].type) for name in order]
     return Table.from_pydict({name: arrays[name] for name in order}, Schema(fields, part.schema.metadata))
 
-_job = None                             # what a worker process does, set as it is forked
-
-def _start_worker(job) -> None:
-    global _job
-    _job = job
-
-def _work(start: int) -> Table: return _job(start)
-
 def _progress(results, total: int):
     """Pass the results on; on a terminal, show how far they are."""
     started = shown = time.monotonic()
@@ -1001,36 +952,34 @@ def concat(tables: list[Table]) -> Table:
     of them becomes what holds the values of all."""
     if not tables:
         raise ValueError("concat needs at least one table")
-    kind = functools.reduce(unify, (t.type for t in tables))
+    kind = reduce(unify, (t.type for t in tables))
     parts = [t.cast(kind) for t in tables]
     chunks = [(t.chunks, k) for t in parts for k in range(len(t.chunks))]
-    lengths = [n for t in parts for n in np.diff(t.starts).tolist()]
     whole = all(isinstance(t.rows, range) and len(t) == t.starts[-1] for t in parts)
     firsts = itertools.accumulate((t.starts[-1] for t in parts), initial=0)
     rows = None if whole else np.concatenate([np.asarray(t.rows, np.int64) + first for t, first in zip(parts, firsts)])
-    return Table(parts[0].schema, Lazy(len(chunks), lambda i: chunks[i][0][chunks[i][1]]), lengths, rows)
+    return Table(parts[0].schema, Lazy(len(chunks), lambda i: chunks[i][0][chunks[i][1]]), sum((t.lengths for t in parts), []), rows)
+
+_SPOOL_BYTES = 64 << 20
 
 class _Spool:
     """Tables that come one by one and become one: beyond 64 MB in temporary files that are mapped, not in memory."""
-
-    def __init__(self):
-        self.kind, self.recent, self.files, self.bytes = Type("struct"), [], [], 0
+    def __init__(self): self.kind, self.recent, self.files, self.bytes = Type("struct"), [], [], 0
 
     def add(self, table: Table) -> None:
         self.kind = unify(self.kind, table.type)        # now, while the caller can say which row does not fit
         self.recent.append(table)
         self.bytes += table.nbytes
-        if self.bytes > 64 << 20:
+        if self.bytes > _SPOOL_BYTES:
             with tempfile.TemporaryFile() as file:
                 write(concat(self.recent), file, stream=True)
                 self.files.append(read(file))
             self.recent, self.bytes = [], 0
 
     def table(self, schema=None) -> Table:
-        if not self.files and not self.recent:
-            return Table(Schema(schema or []), [])
         recent = [concat(self.recent)] if self.recent else []
-        return concat(self.files + [Table(t.schema, [t.combine()]) for t in recent])
+        tables = self.files + [Table(t.schema, [t.combine()]) for t in recent]
+        return concat(tables) if tables else Table(Schema(schema or []), [])
 
 def _json_row(line: bytes, where: str) -> dict:
     try:
@@ -1041,7 +990,7 @@ def _json_row(line: bytes, where: str) -> dict:
         raise ValueError(f"{where}: a row must be an object {{...}}, not {line[:40]!r}")
     return row
 
-def _json_value(value):
+def _json_value(value) -> str:
     if isinstance(value, (dt.date, dt.timedelta, np.datetime64, np.timedelta64)):
         return value.isoformat() if isinstance(value, dt.date) else str(value)
     raise ValueError(f"JSON has no {type(value).__name__}; drop or convert that column first")
@@ -1076,10 +1025,8 @@ def _flat_node(out: bytearray, node) -> int:
         out += vtable.ljust(at - len(out), b"\0") + struct.pack("<i4x", at - len(out)) + bytes(8 * len(places))
         children, slots = [node[slot] for slot in places], [at + place for place in places.values()]
     for slot, child in zip(slots, children):
-        if isinstance(child, tuple):
-            struct.pack_into("<" + child[0], out, slot, child[1])
-        else:
-            struct.pack_into("<I", out, slot, _flat_node(out, child) - slot)
+        is_number = isinstance(child, tuple)
+        struct.pack_into(*("<" + child[0], out, slot, child[1]) if is_number else ("<I", out, slot, _flat_node(out, child) - slot))
     return at
 
 class _Flat:
@@ -1104,41 +1051,33 @@ class _Flat:
         at = self.place(slot)
         return struct.unpack_from("<" + code, self.buffer, at)[0] if at else default
 
-    def follow(self, slot: int) -> tuple[int, int]:
-        """Where a slot's reference leads, and the number that stands there: the length of a vector or string."""
+    def vector(self, slot: int, code: str, width: int = 1) -> tuple[int, tuple]:
+        """Where a vector's items are, and the numbers in it: `width` of them an item."""
         at = self.place(slot)
-        at += at and struct.unpack_from("<I", self.buffer, at)[0]
-        return at, struct.unpack_from("<I", self.buffer, at)[0] if at else 0
+        at += struct.unpack_from("<I", self.buffer, at)[0] if at else 0
+        count = struct.unpack_from("<I", self.buffer, at)[0] * width if at else 0
+        return at + 4, struct.unpack_from(f"<{count}{code}", self.buffer, at + 4) if count else ()
 
     def table(self, slot: int) -> _Flat | None:
-        at = self.follow(slot)[0]
-        return _Flat(self.buffer, at) if at else None
+        at = self.place(slot)
+        return _Flat(self.buffer, at + struct.unpack_from("<I", self.buffer, at)[0]) if at else None
 
-    def text(self, slot: int) -> bytes:
-        at, size = self.follow(slot)
-        return struct.unpack_from(f"{size}s", self.buffer, at + 4)[0] if at else b""
-
+    def text(self, slot: int) -> bytes: return b"".join(self.vector(slot, "s")[1])
+    def longs(self, slot: int, width: int) -> list[tuple]: return list(zip(*[iter(self.vector(slot, "q", width)[1])] * width))
     def tables(self, slot: int) -> list[_Flat]:
-        at, count = self.follow(slot)
-        offsets = struct.unpack_from(f"<{count}I", self.buffer, at + 4) if at else ()
-        return [_Flat(self.buffer, at + 4 + 4 * i + offset) for i, offset in enumerate(offsets)]
-
-    def longs(self, slot: int, width: int) -> list[tuple]:
-        """A vector of structs of `width` 64-bit integers."""
-        at, count = self.follow(slot)
-        numbers = iter(struct.unpack_from(f"<{count * width}q", self.buffer, at + 4) if at else ())
-        return list(zip(*[numbers] * width))
+        at, offsets = self.vector(slot, "I")
+        return [_Flat(self.buffer, at + 4 * i + offset) for i, offset in enumerate(offsets)]
 
 # --- schemas as metadata ---------------------------------------------------------------------------------------------
 
 _FORMATS = {2: "iB", 3: "h", 8: "h", 10: "h", 15: "i", 16: "i", 18: "h"}    # of the numbers in a Type union member
-_DEFAULTS = {8: (1,), 18: (1,)}                                             # where the format's default is not 0
-
-def _numbers(kind: Type) -> list[int]:
-    return [{"size": kind.size, "unit": kind.unit and _UNITS.index(kind.unit)}.get(n, n) for n in _TYPES[kind.name][2]]
+_DEFAULTS = {8: (1,), 18: (1,)}                                             # where an absent number is not 0
+_NAMES = {(row[1], *(n for n in row[2] if isinstance(n, int))): name for name, row in _TYPES.items()}
 
 def _type_node(kind: Type) -> dict:
-    node = {i: pair for i, pair in enumerate(zip(_FORMATS.get(_TYPES[kind.name][1], ""), _numbers(kind)))}
+    known = {"size": kind.size, "unit": kind.unit and _UNITS.index(kind.unit)}
+    numbers = [known.get(n, n) for n in _TYPES[kind.name][2]]
+    node = dict(enumerate(zip(_FORMATS.get(_TYPES[kind.name][1], ""), numbers)))
     return node | ({1: kind.tz.encode()} if kind.tz else {})
 
 def _field_node(f: Field, ids) -> dict:
@@ -1160,69 +1099,60 @@ def _read_schema(node: _Flat) -> tuple[Field, dict[int, Type]]:
     if node.number(0, "h"):
         raise ValueError("the file is big-endian; rewrite it on a little-endian machine")
     ids, budget = {}, itertools.count(len(node.buffer) // 8, -1)        # each field takes some bytes: ends cycles
-    fields = [_read_field(child, ids, budget) for child in node.tables(1)]
-    return Schema(fields, _pairs(node, 2)), ids
+    return Schema([_read_field(child, ids, budget) for child in node.tables(1)], _pairs(node, 2)), ids
 
 def _read_field(node: _Flat, ids: dict, budget, depth: int = 0) -> Field:
-    name, member, encoding = node.text(0).decode(), node.number(2, "B"), node.table(4)
+    name, encoding = node.text(0).decode(), node.table(4)
     if depth > 64 or next(budget) < 0:
         raise ValueError("the schema is nested without end")
     children = tuple(_read_field(child, ids, budget, depth + 1) for child in node.tables(5))
-    kind = _read_type(member, node.table(3), children, name)
+    kind = _read_type(node.number(2, "B"), node.table(3), children, name)
     if encoding:
         index = _read_type(2, encoding.table(1), (), name) if encoding.table(1) else Type("int32")
         ids[id_ := encoding.number(0, "q")] = kind
         kind = Type("dictionary", (Field("values", kind),), id_, index=index, ordered=bool(encoding.number(2, "B")))
     return Field(name, kind, bool(node.number(1, "B")), _pairs(node, 6))
 
-_NAMES = {(row[1], *(n for n in row[2] if isinstance(n, int))): name for name, row in _TYPES.items()}
-
 def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
     numbers = [node.number(i, code, *_DEFAULTS.get(member, ())) for i, code in enumerate(_FORMATS.get(member, ""))]
-    name = _NAMES.get((member, *numbers)) or _NAMES.get((member,)) or _unsupported(column, member)
-    size, unit = (numbers[0] if n in _TYPES[name][2] else 0 for n in ("size", "unit"))
-    if size < 0 or (name == "fixed_size_binary" and not size) or (
-            _TYPES[name][4] in ("list", "fixed_list")) and len(children) != 1:
-        raise ValueError(f"column {column!r} has an impossible type: {name} of {size}")
-    has_unit = "unit" in _TYPES[name][2]
-    return Type(name, children, size, _UNITS[unit] if has_unit else "", node.text(1).decode() if name == "timestamp" else "")
+    name = _NAMES.get((member, *numbers)) or _NAMES.get((member,)) or _unsupported(column, _UNSUPPORTED.get(member, member))
+    known = dict(zip(_TYPES[name][2], numbers))
+    size, unit, is_list = known.get("size", 0), known.get("unit"), _TYPES[name][4] in ("list", "fixed_list")
+    if size < (name == "fixed_size_binary") or is_list and len(children) != 1 or unit is not None and not 0 <= unit <= 3:
+        raise ValueError(f"column {column!r} has an impossible type, {name}")
+    return Type(name, children, size, "" if unit is None else _UNITS[unit], node.text(1).decode() if name == "timestamp" else "")
 
-def _unsupported(column: str, what) -> None:
-    known = _UNSUPPORTED.get(what, what)
-    raise ValueError(f"column {column!r} has the Arrow type {known}, which is not supported here; cast it before writing")
+def _unsupported(column: str, kind) -> None:
+    raise ValueError(f"column {column!r} has the Arrow type {kind}, which is not supported here; cast it before writing")
 
 # --- buffers to arrays and back: shared by files and the C interface -------------------------------------------------
 
+_MAX_BODILESS = 1 << 26     # rows that take no bytes, as nulls do, are believed up to here: a forged length is free
+
 def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dictionary) -> Array:
     """An array of n rows. buffer(size) gives the next buffer's first bytes, child(type) the next child."""
-    layout, children, data = kind.layout, (), None
-    if n > _MAX_BODILESS and (layout == "null" or kind.size == 0 and layout == "fixed_list" or kind == "struct<>"):
+    layout, children, data, size = kind.layout, (), None, kind.dtype.itemsize if kind.dtype else 0
+    if n > _MAX_BODILESS and (layout == "null" or layout == "fixed_list" and kind.size == 0 or kind == "struct<>"):
         raise ValueError(f"{n:,} rows without any bytes are more than the {_MAX_BODILESS:,} that are believed")
-    bits = buffer((n + 7) // 8 if nulls else 0) if layout != "null" else None
+    bits = None if layout == "null" else buffer((n + 7) // 8 if nulls else 0)
     valid = Bits(bits, 0, n) if nulls and layout != "null" else None
     if kind.name == "bool":
         data = Bits(buffer((n + 7) // 8), 0, n)
     elif layout in ("bytes", "list"):
-        data = buffer((n + 1) * kind.dtype.itemsize if n else 0).view(kind.dtype) if n else _drop(buffer(0), kind)
-        size = int(data[-1])
-        if size < 0:
-            raise _damaged(kind)
-        children = [child(kind.item)] if layout == "list" else [Array(Type("uint8"), size, buffer(size))]
-    elif kind.dtype is not None:
-        data = buffer(n * kind.dtype.itemsize).view(kind.dtype)
-    if layout == "view":
-        return _from_views(_readable(kind), data, view_buffers(), valid)
-    if layout == "dictionary":
-        children = [dictionary(kind)]
-    if layout in ("struct", "fixed_list"):
-        rows = n * kind.size if layout == "fixed_list" else n
-        children = [child(f.type) for f in kind.fields]
+        data = buffer((n + 1) * size if n else 0)
+        data = data.view(kind.dtype) if n else np.zeros(1, kind.dtype)                  # no rows may mean no offset
+        if layout == "bytes" and data[-1] < 0:
+            raise ValueError(f"the offsets of a {kind} column are negative")
+        children = [child(kind.item) if layout == "list" else Array(kind.item, int(data[-1]), buffer(int(data[-1])))]
+    elif size:
+        data = buffer(n * size).view(kind.dtype)
+        children = [dictionary(kind)] if layout == "dictionary" else ()
+    elif layout in ("struct", "fixed_list"):
+        rows, children = n * kind.size if layout == "fixed_list" else n, [child(f.type) for f in kind.fields]
         if any(len(c) < rows for c in children):
-            raise _damaged(kind)
+            raise ValueError(f"a {kind} column has too few items")
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
-    return Array(_readable(kind), n, data, children, valid)
-
-def _drop(_, kind: Type) -> np.ndarray: return np.zeros(1, kind.dtype)
+    return _from_views(kind, data, view_buffers(), valid) if layout == "view" else Array(_readable(kind), n, data, children, valid)
 
 def _readable(kind: Type) -> Type:
     """The type as which a type is read: views, which point all over the place, become text in one piece."""
@@ -1232,19 +1162,18 @@ def _readable(kind: Type) -> Type:
     return replace(kind, name=name, fields=tuple(replace(f, type=_readable(f.type)) for f in kind.fields))
 
 def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid) -> Array:
-    """A view is a length and then either up to 12 bytes or (4 bytes, buffer, position)."""
+    """A view is a length, and then either up to 12 bytes or (4 bytes, buffer, position)."""
     views, sizes = views.view("<i4").reshape(-1, 4), np.array([len(b) for b in buffers] or [0])    # [rows, 4]
     lengths = np.where(True if valid is None else np.asarray(valid), views[:, 0], 0).astype(np.int64)
     far = lengths > 12
     buffer, position = (np.where(far, views[:, k], 0).astype(np.int64) for k in (2, 3))
     if (lengths < 0).any() or (buffer < 0).any() or (buffer >= len(sizes)).any() or (position < 0).any() or (
             far & (position + lengths > sizes[np.clip(buffer, 0, len(sizes) - 1)])).any():
-        raise _damaged(kind)
+        raise ValueError(f"a {kind} column points outside of its data; the file is damaged")
     joined = np.concatenate([views.reshape(-1).view(np.uint8), *buffers])              # short ones stand in the views
-    base = 4 * views.size + np.cumsum(sizes) - sizes
-    starts = np.where(far, base[buffer] + position, np.arange(len(views)) * 16 + 4)
-    text = Array(Type("uint8"), len(joined), joined)._gather(starts, lengths)
-    return Array(kind, len(views), _offsets_of(lengths, kind), [text], valid)
+    starts = np.where(far, (4 * views.size + np.cumsum(sizes) - sizes)[buffer] + position, np.arange(len(views)) * 16 + 4)
+    text = Array(Type("uint8"), len(joined), joined).gather(starts, lengths)
+    return Array(_readable(kind), len(views), _offsets_of(lengths, _readable(kind)), [text], valid)
 
 def _dismantle(a: Array) -> tuple[list, list[Array]]:
     """An array's own buffers as Arrow has them (validity first), and its children, without rows that nobody sees."""
@@ -1261,6 +1190,15 @@ def _dismantle(a: Array) -> tuple[list, list[Array]]:
             offsets, child = a.used()
             return ([valid, offsets], [child]) if layout == "list" else ([valid, offsets, child.data], [])
     return [valid], list(a.children)
+
+def _compact(a: Array) -> Array:
+    """The same rows without what else their buffers hold: what is worth sending to another process."""
+    buffers, children = _dismantle(a)
+    children = children or [Array(a.type.item, len(buffers[2]), buffers[2])] if a.type.layout == "bytes" else children
+    data = a.data if a.type.layout == "fixed" else buffers[1] if len(buffers) > 1 else None
+    valid = None if a.valid is None else np.asarray(a.valid)
+    children = [_compact(child) for child in (a.children if a.type.layout == "dictionary" else children)]
+    return Array(a.type, len(a), np.asarray(data) if a.type.name == "bool" else data, children, valid)
 
 # --- files: messages, each a flatbuffer and a body of buffers --------------------------------------------------------
 
@@ -1303,32 +1241,29 @@ class Writer:
 
     def __enter__(self) -> Writer: return self
     def close(self) -> None: self.__exit__(None, None, None)
-
     def __exit__(self, kind, error, trace) -> None:
         if kind:
-            self._stack.__exit__(kind, error, trace)
-            return
+            return self._stack.__exit__(kind, error, trace)
         with self._stack:
             self._put(struct.pack("<ii", -1, 0))
             if not self.stream:
                 blocks = [np.array(self.blocks[k], "<i8").reshape(-1, 3) for k in (_DICTIONARY, _BATCH)]
                 footer = _flat({0: ("h", 4), 1: _schema_node(self.schema), 2: blocks[0], 3: blocks[1]})
                 self._put(footer + struct.pack("<i", len(footer)) + b"ARROW1")
+            self.file.flush()
 
     def write(self, rows: Table | list[dict] | dict[str, list]) -> None:
         """Add a table, a list of rows or a dict of columns; small pieces of it are joined to batches of a MiB or more."""
         if not isinstance(rows, Table):
             rows = (Table.from_pydict if isinstance(rows, dict) else Table.from_pylist)(rows)
-        pieces = []
-        for piece in itertools.chain(rows.cast(self.schema.type).batches(), [None]):
-            pieces += [piece] if piece is not None else []
-            if pieces and (piece is None or sum(a.nbytes for a in pieces) >= 1 << 20):
-                header, buffers = self._record_batch(_concat(self.schema.type, pieces))
-                self._message(_BATCH, header, buffers)
+        pieces, batches = [], rows.cast(self.schema.type).batches()
+        for left, piece in zip(range(len(batches) - 1, -1, -1), batches):
+            pieces.append(piece)
+            if not left or sum(a.nbytes for a in pieces) >= 1 << 20:
+                self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
                 pieces = []
 
-    def _put(self, data) -> None:
-        self.at += self.file.write(data)
+    def _put(self, data) -> None: self.at += self.file.write(data)
 
     def _message(self, kind: int, header: dict, buffers: list[np.ndarray]) -> None:
         body = sum(b.nbytes + len(_padding(b.nbytes)) for b in buffers)
@@ -1350,8 +1285,8 @@ class Writer:
         return {0: ("q", len(a)), 1: np.array(nodes, "<i8").reshape(-1, 2), 2: places}, buffers
 
     def _flatten(self, a: Array, nodes: list, buffers: list, ids) -> None:
-        if a.type.name == "dictionary":
-            a = self._dictionary(a, next(ids))
+        """Depth first, as the format wants it: each array's length and nulls, and its buffers."""
+        a = self._dictionary(a, next(ids)) if a.type.name == "dictionary" else a
         own, children = _dismantle(a)
         nodes.append((len(a), a.null_count))
         buffers += own
@@ -1361,10 +1296,8 @@ class Writer:
     def _dictionary(self, a: Array, id_: int) -> Array:
         """Write what the file does not have of a dictionary yet, and point the array at the file's."""
         known = self.known.get(id_)
-        if known is a.values:
-            return a
-        if known is not None:
-            a = _concat(a.type, [Array(a.type, 0, a.data[:0], [known]), a])     # the known values stay in front
+        if known is not None and known is not a.values:
+            a = _concat(a.type, [Array(a.type, 0, a.data[:0], [known]), a])             # the known values stay in front
         new = a.values[0 if known is None else len(known) :]
         if known is None or len(new):
             header, buffers = self._record_batch(Array(Type("struct"), len(new), None, [new]))
@@ -1381,7 +1314,7 @@ def read(path) -> Table:
     """Map a file of either framing. Only its metadata is read; batches are decoded, not copied, when they are touched."""
     with contextlib.nullcontext(path) if hasattr(path, "fileno") else open(path, "rb") as file, _damage_is_named(path):
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
-        head, tail, footer = os.pread(fd, 6, 0), os.pread(fd, 10, max(0, size - 10)), None
+        head, tail, footer, dictionaries = os.pread(fd, 6, 0), os.pread(fd, 10, max(0, size - 10)), None, {}
         if head == b"ARROW1":
             length = struct.unpack_from("<i", tail)[0] if size >= 18 else 0
             if tail[4:] != head or not 0 < length <= size - 18:
@@ -1389,38 +1322,32 @@ def read(path) -> Table:
             footer = _Flat(os.pread(fd, length, size - 10 - length))
         elif size < 8 or head[:4] != b"\xff" * 4 and not 0 < struct.unpack_from("<i", head)[0] < size:
             raise ValueError(f"it begins with {head!r}, as no Arrow file does" if head else "it is empty")
+        schema, values = _read_schema(footer.table(1)) if footer else (None, {})
         # private pages: whoever writes to a tensor or array over them gets a copy, not a crash and not a changed file
         memory = mmap.mmap(fd, size, mmap.MAP_PRIVATE | 0x4000, mmap.PROT_READ | mmap.PROT_WRITE)   # MAP_NORESERVE
         memory = np.frombuffer(memory, np.uint8)
-        memory.flags.writeable = False
-        schema, dictionaries, batches, lengths = None, {}, [], []
-        if footer:
-            schema, values = _read_schema(footer.table(1))
+        memory.flags.writeable, batches, lengths = False, [], []
         for kind, header, start, length in _messages(fd, size, footer):
             body = memory[start : start + length]
             if kind == _SCHEMA and schema is None:
                 schema, values = _read_schema(header)
             elif kind == _DICTIONARY and schema:
-                id_, data = header.number(0, "q"), header.table(1)
-                new = _decode(Type("struct", (Field("", values[id_]),)), data, body, dictionaries).children[0]
-                if not footer:
-                    dictionaries = dict(dictionaries)       # a stream may replace one: earlier batches keep the old
-                dictionaries[id_] = _concat(new.type, [dictionaries[id_], new]) if header.number(2, "B") else new
-            elif kind == _BATCH and schema:
+                id_, delta = header.number(0, "q"), header.number(2, "B")
+                new = _decode(Schema([("", values[id_])]).type, header.table(1), body, dictionaries).children[0]
+                dictionaries = dictionaries if footer else dict(dictionaries)   # in a stream, earlier batches keep the old
+                dictionaries[id_] = _concat(new.type, [dictionaries[id_], new]) if delta else new
+            elif kind == _BATCH and schema and 0 <= header.number(0, "q") <= max(_MAX_BODILESS, length << 20):
                 batches.append((header, body, dictionaries))
                 lengths.append(header.number(0, "q"))
-                if not 0 <= lengths[-1] <= max(_MAX_BODILESS, length << 20):
-                    raise ValueError(f"a batch claims to have {lengths[-1]:,} rows")
             else:
-                raise ValueError(f"message {kind} where none can be")
+                raise ValueError(f"message {kind} cannot be here, or cannot be so long")
         if schema is None:
             raise ValueError("it has no schema")
 
     def decode(k: int) -> Array:
         with _damage_is_named(path):
             return _decode(schema.type, *batches[k])
-    public = replace(schema, type=_readable(schema.type))
-    return Table(public, Lazy(len(batches), decode), lengths)
+    return Table(replace(schema, type=_readable(schema.type)), Lazy(len(batches), decode), lengths)
 
 @contextlib.contextmanager
 def _damage_is_named(path):
@@ -1433,14 +1360,12 @@ def _messages(fd: int, size: int, footer: _Flat | None):
     """(what it holds, its header, start of the body, length of the body) of every message: those in the footer's lists,
     or one after the other in a stream. Metadata is read, not mapped: a page that is touched through a map counts, with
     its neighbours, as memory of this process."""
-    if footer:
-        for at, *_ in footer.longs(2, 3) + footer.longs(3, 3):
-            if not (message := _message(fd, at, size)):
-                raise ValueError("its footer is damaged")
-            yield message
-        return
     at = 0
-    while message := _message(fd, at, size):
+    for at, *_ in footer.longs(2, 3) + footer.longs(3, 3) if footer else ():
+        if not (message := _message(fd, at, size)):
+            raise ValueError("its footer is damaged")
+        yield message
+    while not footer and (message := _message(fd, at, size)):
         yield message
         at = message[2] + message[3]
 
@@ -1450,20 +1375,19 @@ def _message(fd: int, at: int, end: int) -> tuple | None:
     start, size = (at + 8, size) if mark == -1 else (at + 4, mark)                      # before 2019 there was no mark
     if size == 0:
         return None
-    if not 0 < size <= end - start:
-        raise ValueError("it was cut off, or a length in it is damaged")
-    message = _Flat(head[start - at :] if start - at + size <= len(head) else os.pread(fd, size, start))
-    length = message.number(3, "q")
-    if not 0 <= length <= end - start - size:
-        raise ValueError("it was cut off, or a length in it is damaged")
-    if message.number(0, "h") < 3:
-        raise ValueError("it is of an Arrow version before 0.8; rewrite it with pyarrow")
-    return message.number(1, "B"), message.table(2), start + size, length
+    if 0 < size <= end - start:
+        message = _Flat(head[start - at :] if start - at + size <= len(head) else os.pread(fd, size, start))
+        length = message.number(3, "q")
+        if message.number(0, "h") < 3:
+            raise ValueError("it is of an Arrow version before 0.8; rewrite it with pyarrow")
+        if 0 <= length <= end - start - size:
+            return message.number(1, "B"), message.table(2), start + size, length
+    raise ValueError("it was cut off, or a length in it is damaged")
 
 def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int, Array]) -> Array:
     """A record batch as a struct array of views of its body."""
     nodes, places, counts = iter(header.longs(1, 2)), iter(header.longs(2, 2)), iter(header.longs(4, 1))
-    codec = header.table(3)
+    codec, n = header.table(3), header.number(0, "q")
 
     def buffer(size: int | None) -> np.ndarray:
         start, length = next(places)
@@ -1473,7 +1397,7 @@ def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int,
         data = _decompress(data, codec.number(0, "B")) if codec and length else data
         if size is not None and len(data) < size:
             raise ValueError("a buffer is too short for its rows")
-        return data if size is None else data[:size]
+        return data[:size]
 
     def child(kind: Type) -> Array:
         n, nulls = next(nodes)
@@ -1482,26 +1406,23 @@ def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int,
         return _assemble(kind, n, nulls, buffer, child, lambda: [buffer(None) for _ in range(next(counts)[0])],
                          lambda kind: dictionaries[kind.size])
 
-    n = header.number(0, "q")
     children = [child(f.type) for f in kind.fields]
     if any(len(c) != n for c in children):
         raise ValueError("the columns of a batch differ in length")
     return Array(_readable(kind), n, None, children)
 
 def _decompress(data: np.ndarray, codec: int) -> np.ndarray:
-    size, data = int(data[:8].view("<i8")[0]), data[8:]
+    size, data, package = int(data[:8].view("<i8")[0]), data[8:], ("lz4", "zstandard")[codec]
     if size == -1:                                          # left as it was, since it did not get smaller
         return data
     if not 0 <= size <= len(data) << 17:
         raise ValueError("a compressed buffer claims an impossible size")
-    package = ("lz4.frame", "zstandard")[codec]
     try:
-        library = importlib.import_module(package)
+        library = importlib.import_module("lz4.frame" if package == "lz4" else package)
     except ImportError:
-        name = package.split(".")[0]
-        raise ValueError(f"it is compressed; pip install {name} to read it, or write it uncompressed") from None
+        raise ValueError(f"it is compressed; pip install {package} to read it, or write it uncompressed") from None
     try:
-        out = library.LZ4FrameDecompressor().decompress(data.tobytes(), size) if codec == 0 else (
+        out = library.LZ4FrameDecompressor().decompress(data.tobytes(), size) if package == "lz4" else (
             library.ZstdDecompressor().stream_reader(data.tobytes()).read(size))
     except Exception as error:                              # each library has errors of its own
         raise ValueError(f"a compressed buffer is damaged: {error}") from None
@@ -1529,11 +1450,10 @@ _lent = {}                  # address of a flag -> (flag, what was lent with it,
 _capsules = []              # (capsule, the C stream in it)
 
 @functools.cache
-def _release_function(layout) -> int:
+def _release_function(layout) -> tuple[int, mmap.mmap]:
     """The address of `void release(c) { c->release = NULL; *c->private = 1; }` in machine code. Not a Python callback:
     this is called from any thread, at exit, and while an exception is pending, when running Python would lose it."""
-    release, private = layout.release.offset, layout.private.offset
-    machine = os.uname().machine
+    release, private, machine = layout.release.offset, layout.private.offset, os.uname().machine
     if machine == "x86_64":
         code = bytes([0x48, 0x8B, 0x47, private,                    # mov rax, [rdi + private]
                       0x48, 0xC7, 0x47, release, 0, 0, 0, 0,        # mov qword [rdi + release], 0
@@ -1545,17 +1465,13 @@ def _release_function(layout) -> int:
     with open(os.memfd_create("release"), "wb") as file:
         file.write(code)
         file.flush()
-        return np.frombuffer(_forever(mmap.mmap(file.fileno(), len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)),
-                             np.uint8).ctypes.data
-
-def _forever(x, kept=[]):                                           # noqa: B006
-    kept.append(x)
-    return x
+        memory = mmap.mmap(file.fileno(), len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
+    return np.frombuffer(memory, np.uint8).ctypes.data, memory      # the cache keeps it mapped for good
 
 def _lend(c, parts: list, *alive) -> None:
     """Keep what c points to until c is released. A part (a child) that is taken out of c goes on living by itself."""
     flag = ctypes.c_int64(0)
-    c.release, c.private = _release_function(type(c)), ctypes.addressof(flag)
+    c.release, c.private = _release_function(type(c))[0], ctypes.addressof(flag)
     _lent[c.private] = flag, parts, alive
 
 def _sweep(phase: str = "stop", info=None) -> None:
@@ -1578,171 +1494,141 @@ def _forget(address: int) -> None:
 gc.callbacks.append(_sweep)
 
 def _export_field(f: Field, c=None):
-    c, kind = c or _CSchema(), f.type
-    stored = kind.index or kind
+    c, kind, stored = c or _CSchema(), f.type, f.type.index or f.type
     code = _TYPES[stored.name][0] + (str(kind.size) if "size" in _TYPES[stored.name][2] else "")
-    if kind.unit:
-        code += dict(zip(_UNITS, "smun"))[kind.unit] + ":" * (kind.name == "timestamp") + kind.tz
+    code += dict(zip(_UNITS, "smun"))[kind.unit] + ":" * (kind.name == "timestamp") + kind.tz if kind.unit else ""
     pairs = [struct.pack("<i", len(x)) + x for pair in f.metadata.items() for x in pair]
     texts = [code.encode(), f.name.encode(), struct.pack("<i", len(f.metadata)) + b"".join(pairs)]
     texts = [ctypes.create_string_buffer(text) for text in texts]
     c.format, c.name, c.metadata = map(ctypes.addressof, texts)
-    c.metadata = c.metadata if pairs else 0
-    c.flags = kind.ordered | f.nullable << 1
+    c.metadata, c.flags = c.metadata if pairs else 0, kind.ordered | f.nullable << 1
     parts = [_export_field(part) for part in kind.fields]
-    if kind.name == "dictionary":
-        c.dictionary = ctypes.addressof(parts[0])
-        _lend(c, parts, texts)
-    else:
-        _lend(c, parts, texts, _point_at(c, "children", parts))
+    children = [] if kind.name == "dictionary" else parts
+    _lend(c, parts, texts, _point_at(c, children, parts[len(children) :]))
     return c
 
-def _export_array(a: Array, c=None):
-    c = c or _CArray()
+def _export_array(a: Array):
     buffers, children = _dismantle(a)
     buffers = [None if b is None else np.ascontiguousarray(b) for b in buffers]
     pointers = (ctypes.c_int64 * len(buffers))(*(0 if b is None else b.ctypes.data for b in buffers))
-    c.length, c.null_count, c.n_buffers, c.buffers = len(a), a.null_count, len(buffers), ctypes.addressof(pointers)
-    parts = [_export_array(child) for child in children]
-    alive = _point_at(c, "children", parts), pointers, buffers
-    if a.type.name == "dictionary":
-        parts.append(_export_array(a.values))
-        c.dictionary = ctypes.addressof(parts[0])
-    _lend(c, parts, *alive)
+    c = _CArray(len(a), a.null_count, 0, len(buffers), buffers=ctypes.addressof(pointers))
+    children = [_export_array(child) for child in children]
+    dictionary = [_export_array(a.values)] if a.type.name == "dictionary" else []
+    _lend(c, children + dictionary, pointers, buffers, _point_at(c, children, dictionary))
     return c
 
-def _point_at(c, name: str, parts: list):
-    pointers = (ctypes.c_int64 * len(parts))(*map(ctypes.addressof, parts))
-    c.n_children, c.children = len(parts), ctypes.addressof(pointers)
+def _point_at(c, children: list, dictionary: list):
+    pointers = (ctypes.c_int64 * len(children))(*map(ctypes.addressof, children))
+    c.n_children, c.children, c.dictionary = len(children), ctypes.addressof(pointers), sum(map(ctypes.addressof, dictionary))
     return pointers
 
-def _answer(fill):
-    """One of a stream's two questions as a C function: fill(state, address) answers it, or leaves a message."""
-    def function(stream: int, out: int) -> int:
-        state = _lent[_CStream.from_address(stream).private][2][0]
-        try:
-            fill(state, out)
-            return 0
-        except Exception as error:
-            state["error"] = ctypes.create_string_buffer(str(error).encode())
-            return 5                                                        # EIO
-    return _OnTwoPointers(function)
-
-def _next_array(state: dict, out: int) -> None:
-    a = next(state["arrays"], None)
-    ctypes.memset(out, 0, ctypes.sizeof(_CArray))                           # no more arrays: one that is released
-    if a is not None:
-        _export_array(a, _CArray.from_address(out))
-
-@ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
-def _last_error(stream: int) -> int:
-    message = _lent[_CStream.from_address(stream).private][2][0].get("error")
-    return ctypes.addressof(message) if message else 0
-
-def _fill_schema(state: dict, out: int) -> None:
-    ctypes.memset(out, 0, ctypes.sizeof(_CSchema))
-    _export_field(state["schema"], _CSchema.from_address(out))
-
-_get_schema, _get_next = _answer(_fill_schema), _answer(_next_array)
-
-def _export_stream(schema: Field, arrays):
+def _export(schema: Field, arrays):
     """A capsule with a C stream of arrays, which are made when they are asked for. The capsule has no destructor, which
     could not be Python either."""
+    def answer(fill, size: int):
+        def function(_, out: int) -> int:
+            try:
+                ctypes.memset(out, 0, size)                                 # a stream ends with an array that is released
+                fill(out)
+                return 0
+            except Exception as error:
+                state["error"] = ctypes.create_string_buffer(str(error).encode())
+                return 5                                                    # EIO
+        return _OnTwoPointers(function)
+
+    def next_array(out: int) -> None:
+        for a in itertools.islice(state["arrays"], 1):
+            ctypes.memmove(out, ctypes.byref(_export_array(a)), ctypes.sizeof(_CArray))
+
     _sweep()
-    stream = _CStream(*(ctypes.cast(f, ctypes.c_void_p).value for f in (_get_schema, _get_next, _last_error)))
-    _lend(stream, [], {"schema": schema, "arrays": iter(arrays)})
+    state = {"arrays": iter(arrays), "error": None}
+    functions = (answer(lambda out: _export_field(schema, _CSchema.from_address(out)), ctypes.sizeof(_CSchema)),
+                 answer(next_array, ctypes.sizeof(_CArray)), ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(
+                     lambda _: ctypes.addressof(state["error"]) if state["error"] else 0))
+    stream = _CStream(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
+    _lend(stream, [], functions)
     capsule = _new_capsule(ctypes.addressof(stream), b"arrow_array_stream", None)
     _capsules.append((capsule, stream))
     return capsule
 
-def _let_go(c) -> None:
-    if c.release:
-        _OnPointer(c.release)(ctypes.addressof(c))
-
 class _Borrowed:
     """Keeps what another library lent us; gives it back when the last array over it is gone."""
-
     def __init__(self, layout, address: int = 0):
         self.c = layout()
         if address:                                         # moved: the source is empty from now on
             ctypes.memmove(ctypes.addressof(self.c), address, ctypes.sizeof(layout))
             layout.from_address(address).release = 0
 
-    def __del__(self): _let_go(self.c)
+    def __del__(self):
+        if self.c.release:
+            _OnPointer(self.c.release)(ctypes.addressof(self.c))
 
 class _Memory:
     """Foreign memory as numpy sees it."""
-
     def __init__(self, address: int, size: int, owner):
         self.owner = owner
         self.__array_interface__ = {"data": (address, True), "shape": (size,), "typestr": "|u1", "version": 3}
 
 def _import(source) -> tuple[Field, list[Array]]:
     """The schema and the arrays of an object with __arrow_c_stream__ or __arrow_c_array__."""
-    if not hasattr(source, "__arrow_c_stream__"):
-        if not hasattr(source, "__arrow_c_array__"):
-            raise ValueError(f"{type(source).__name__} does not speak the Arrow C interface")
-        schema, data = source.__arrow_c_array__()
-        top = _import_field(_CSchema.from_address(_address(schema, b"arrow_schema")))
-        array = _Borrowed(_CArray, _address(data, b"arrow_array"))
-        return replace(top, type=_readable(top.type)), [_import_array(array.c, top.type, array)]
-    capsule = source.__arrow_c_stream__()
-    stream = _Borrowed(_CStream, _address(capsule, b"arrow_array_stream"))
-    schema, arrays = _Borrowed(_CSchema), []
-    _ask(stream.c, stream.c.get_schema, schema.c)
+    arrays, schema = [], _Borrowed(_CSchema)
+    if hasattr(source, "__arrow_c_stream__"):
+        capsule = source.__arrow_c_stream__()
+        stream = _Borrowed(_CStream, _address(capsule, b"arrow_array_stream"))
+        _ask(stream.c, stream.c.get_schema, schema.c)
+        while not arrays or arrays[-1].c.release:
+            arrays.append(_Borrowed(_CArray))
+            _ask(stream.c, stream.c.get_next, arrays[-1].c)
+        arrays.pop()
+    elif hasattr(source, "__arrow_c_array__"):
+        capsules = source.__arrow_c_array__()
+        schema = _Borrowed(_CSchema, _address(capsules[0], b"arrow_schema"))
+        arrays = [_Borrowed(_CArray, _address(capsules[1], b"arrow_array"))]
+    else:
+        raise ValueError(f"{type(source).__name__} does not speak the Arrow C interface")
     top = _import_field(schema.c)
-    while True:
-        array = _Borrowed(_CArray)
-        _ask(stream.c, stream.c.get_next, array.c)
-        if not array.c.release:
-            return replace(top, type=_readable(top.type)), arrays
-        arrays.append(_import_array(array.c, top.type, array))
+    return replace(top, type=_readable(top.type)), [_import_array(array.c, top.type, array) for array in arrays]
 
 def _ask(stream, function: int, out) -> None:
     if _OnTwoPointers(function)(ctypes.addressof(stream), ctypes.addressof(out)):
         message = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_int64)(stream.get_last_error)(ctypes.addressof(stream))
         raise ValueError(f"the other library failed: {(message or b'').decode(errors='replace')}")
 
+def _import_schema(source) -> Field:
+    capsule = source.__arrow_c_schema__()                   # it owns what we read
+    return _import_field(_CSchema.from_address(_address(capsule, b"arrow_schema")))
+
 _LETTERS = {row[0]: name for name, row in _TYPES.items()}
 
 def _import_field(c) -> Field:
     code, name = (ctypes.string_at(at).decode() if at else "" for at in (c.format, c.name))
-    kind_name = _LETTERS.get(code) or _LETTERS.get(re.match(r"ts|tD|\+?w:|", code)[0])
-    if kind_name is None:
-        _unsupported(name, next((letters for letters in _UNSUPPORTED if isinstance(letters, str) and code.startswith(letters)), code))
-    letters = _TYPES[kind_name][0]
+    letters = code if code in _LETTERS else re.match(r"ts|tD|\+?w:|", code)[0]
+    if not letters:
+        _unsupported(name, next((kind for known, kind in _UNSUPPORTED.items() if code.startswith(str(known))), code))
     unit = dict(zip("smun", _UNITS))[code[2]] if letters in ("ts", "tD") else ""
-    children = (ctypes.c_int64 * c.n_children).from_address(c.children) if c.n_children else ()
-    fields = tuple(_import_field(_CSchema.from_address(child)) for child in children)
-    kind = Type(kind_name, fields, int(code[len(letters):]) if letters.endswith("w:") else 0, unit,
+    fields = tuple(_import_field(_CSchema.from_address(child)) for child in _numbers_at(c.children, c.n_children))
+    kind = Type(_LETTERS[letters], fields, int(code[len(letters) :]) if letters.endswith("w:") else 0, unit,
                 code[4:] if letters == "ts" else "")
     if c.dictionary:
         values = _import_field(_CSchema.from_address(c.dictionary))
         kind = Type("dictionary", (values,), index=kind, ordered=bool(c.flags & 1))
-    return Field(name, kind, bool(c.flags & 2), _import_pairs(c.metadata))
+    texts, at = [], c.metadata + 4
+    for _ in range(2 * ctypes.c_int32.from_address(c.metadata).value if c.metadata else 0):
+        texts.append(ctypes.string_at(at + 4, ctypes.c_int32.from_address(at).value))
+        at += 4 + len(texts[-1])
+    return Field(name, kind, bool(c.flags & 2), dict(zip(texts[::2], texts[1::2])))
 
-def _import_pairs(address: int) -> dict[bytes, bytes]:
-    if not address:
-        return {}
-    count, at, texts = ctypes.c_int32.from_address(address).value, address + 4, []
-    for _ in range(2 * count):
-        size = ctypes.c_int32.from_address(at).value
-        texts.append(ctypes.string_at(at + 4, size))
-        at += 4 + size
-    return dict(zip(texts[::2], texts[1::2]))
+def _numbers_at(address: int, n: int) -> list[int]: return list((ctypes.c_int64 * n).from_address(address)) if n else []
 
 def _import_array(c, kind: Type, owner) -> Array:
-    n = c.length + c.offset
-    pointers = list((ctypes.c_int64 * c.n_buffers).from_address(c.buffers)) if c.n_buffers else []
-    children = iter((ctypes.c_int64 * c.n_children).from_address(c.children) if c.n_children else ())
-    left = iter(pointers)
+    n, pointers = c.length + c.offset, _numbers_at(c.buffers, c.n_buffers)
+    children, left = iter(_numbers_at(c.children, c.n_children)), iter(pointers)
 
     def at(address: int, size: int) -> np.ndarray:
         return np.asarray(_Memory(address, size, owner)) if address and size else np.zeros(size, np.uint8)
 
     def view_buffers() -> list[np.ndarray]:
-        sizes = at(pointers[-1], 8 * (len(pointers) - 3)).view("<i8").tolist()
-        return [at(address, size) for address, size in zip(pointers[2:-1], sizes)]
+        return [at(*place) for place in zip(pointers[2:-1], _numbers_at(pointers[-1], len(pointers) - 3))]
 
     nulls = c.null_count if pointers and pointers[0] else 0
     whole = _assemble(kind, n, nulls, lambda size: at(next(left), size),
@@ -1751,3 +1637,117 @@ def _import_array(c, kind: Type, owner) -> Array:
     return whole.pick(slice(c.offset, n)) if c.offset else whole
 
 # --- command line and demo -------------------------------------------------------------------------------------------
+
+def _show(command: str, files: list[str], rows: int) -> None:
+    for path in files:
+        table = read(path)
+        if command == "head":
+            for row in table[:rows]:
+                print(json.dumps(row, ensure_ascii=False, default=repr))
+            continue
+        framing = "file" if open(path, "rb").read(6) == b"ARROW1" else "stream"
+        print(f"{path}: {framing} format, {len(table):,} rows in {len(table.chunks):,} batches, {os.path.getsize(path):,} bytes")
+        print("\n".join(f"    {line}" for line in str(table.schema).splitlines()))
+        for key, value in table.schema.metadata.items():
+            print(f"    metadata {key.decode(errors='replace')}: {value.decode(errors='replace'):.80}")
+
+def _convert(source: str, target: str) -> None:
+    table = Table.from_jsonl(source) if source.endswith((".jsonl", ".json")) else read(source)
+    if target.endswith((".jsonl", ".json")):
+        table.to_jsonl(target)
+    else:
+        write(table, target, stream=target.endswith(".arrows"))
+    print(f"{target}: {len(table):,} rows")
+
+def demo(documents: int) -> None:
+    """Tokenise a corpus, write, map and shuffle it, hand it to torch; then time each step beside the alternatives."""
+    words = np.array([f"w{i}" for i in range(50_000)])
+    rng = np.random.default_rng(0)
+    ids = {word: i for i, word in enumerate(words.tolist())}
+    table = Table.from_pydict({"id": np.arange(documents), "text": [
+        " ".join(words[rng.integers(0, len(words), n)]) for n in rng.integers(100, 400, documents)]})
+    table = table.map(lambda batch: {"tokens": [np.array([ids[w] for w in t.split()], np.int32) for t in batch["text"]]},
+                      batched=True)
+    with tempfile.TemporaryDirectory() as folder:
+        path, stream = f"{folder}/corpus.arrow", f"{folder}/corpus.arrows"
+        write(table, path)
+        write(table, stream, stream=True)
+        mapped = read(path)
+        print(f"wrote and mapped {path}: {os.path.getsize(path) / 1e6:.1f} MB\n{mapped!r}\n")
+        shuffled = mapped.shuffle(seed=0)
+        row = shuffled[0]
+        assert row["tokens"] == [ids[word] for word in row["text"].split()] and row == table[row["id"]]
+        with contextlib.suppress(ImportError):
+            batch = shuffled[:8]["tokens"].to_torch()
+            print(f"eight shuffled documents as torch tensors: {[len(document) for document in batch]} tokens\n")
+        _bench(folder, table, stream)
+
+def _bench(folder: str, table: Table, stream: str) -> None:
+    """The best of several runs, in turns, in milliseconds; the ratio says how many times faster we are."""
+    n, k = len(table), min(1000, len(table) // 2)
+    numbers = Table.from_pydict({"x": np.arange(500 * n), "y": np.arange(500 * n) / 7})
+    path, own = (f"{folder}/{name}.arrow" for name in ("theirs", "ours"))
+    order = np.random.default_rng(1).permutation(n)
+    ours, steps = read(stream).select(order), {}
+    for label, data in (("numbers", numbers), ("list<int32>", table.select_columns(["tokens"]))):
+        column = data.schema.names[0]
+        steps[f"write {label}"] = {"arrowlite": functools.partial(write, data, f"{own}.{label}")}
+        steps[f"read {label}"] = {"arrowlite": lambda p=f"{own}.{label}", c=column: _touch(read(p)[c].combine())}
+    steps["open a file"] = {"arrowlite": lambda: read(f"{own}.numbers")}
+    steps["a row after a shuffle"] = {"arrowlite": lambda: ours[n // 2]}
+    steps[f"{k} rows after a shuffle, as lists"] = {"arrowlite": lambda: ours["tokens"][:k].to_pylist()}
+    steps[f"{k} rows after a shuffle, as arrays"] = {"arrowlite": lambda: ours["tokens"][:k].to_numpy()}
+    with contextlib.suppress(ImportError):
+        import pyarrow as pa
+        for label, data in (("numbers", pa.table(numbers)), ("list<int32>", pa.table(table.select_columns(["tokens"])))):
+            def pa_write(data=data, label=label):
+                with pa.OSFile(f"{path}.{label}", "wb") as sink, pa.ipc.new_file(sink, data.schema) as writer:
+                    writer.write_table(data)
+            def pa_read(label=label):
+                column = pa.ipc.open_file(pa.memory_map(f"{path}.{label}")).read_all().column(0).combine_chunks()
+                return (column.flatten() if label != "numbers" else column).to_numpy().sum()
+            steps[f"write {label}"]["pyarrow"], steps[f"read {label}"]["pyarrow"] = pa_write, pa_read
+        steps["open a file"]["pyarrow"] = lambda: pa.ipc.open_file(pa.memory_map(f"{path}.numbers")).read_all()
+    with contextlib.suppress(ImportError):
+        import datasets
+        theirs = datasets.Dataset.from_file(stream).select(order.tolist())
+        columns = theirs.select_columns("tokens")
+        arrays = columns.with_format("numpy")
+        steps["a row after a shuffle"]["datasets"] = lambda: theirs[n // 2]
+        steps[f"{k} rows after a shuffle, as lists"]["datasets"] = lambda: columns[:k]
+        steps[f"{k} rows after a shuffle, as arrays"]["datasets"] = lambda: arrays[:k]
+    for label, runners in steps.items():
+        times = {name: [] for name in runners}
+        for _ in range(9):
+            for name, run in runners.items():
+                start = time.perf_counter()
+                for _ in range(repeat := 1 if "a row" not in label and "open" not in label else 50):
+                    run()
+                times[name].append((time.perf_counter() - start) / repeat * 1e3)
+        best = {name: min(values) for name, values in times.items()}
+        others = "".join(f"   {name} {t:8.3f} ms ({t / best['arrowlite']:.1f}x)" for name, t in best.items() if name != "arrowlite")
+        print(f"{label:36} {best['arrowlite']:8.3f} ms{others}")
+
+def _touch(a: Array) -> int: return int(a.values.to_numpy().sum() if a.type.layout == "list" else a.to_numpy().sum())
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Look into Arrow files and convert them; without a command, the demo.")
+    parser.add_argument("--bench", action="store_true", help="the demo at full size")
+    commands = parser.add_subparsers(dest="command")
+    for name in ("schema", "head"):
+        command = commands.add_parser(name)
+        command.add_argument("files", nargs="+")
+        command.add_argument("-n", type=int, default=5, help="rows that head shows")
+    convert = commands.add_parser("convert", help="by suffix: .jsonl, .arrows (stream format), else the file format")
+    convert.add_argument("source")
+    convert.add_argument("target")
+    args = parser.parse_args()
+    if args.command is None:
+        return demo(100_000 if args.bench else 5_000)
+    try:
+        _convert(args.source, args.target) if args.command == "convert" else _show(args.command, args.files, args.n)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+if __name__ == "__main__":
+    main()

@@ -575,3 +575,463 @@ def test_arrowlite_survives_mutations(tmp_path, rounds):
         counts = in_child(limited_hammer, tmp_path / "x.arrow", [mutate(data) for _ in range(rounds)], timeout=550)
         assert isinstance(counts, dict) and set(counts) <= {"ValueError", "read"}, counts
         assert counts["ValueError"] > rounds // 20 and counts["read"] > rounds // 20
+
+
+def sample(n=50, seed=0):
+    rng = random.Random(seed)
+    return [{"i": rng.choice([None, i]), "t": rng.choice([None, "é" * (i % 5)]), "l": rng.choice([None, list(range(i % 4))]),
+             "s": rng.choice([None, {"a": i, "b": [str(i)] * (i % 2)}]), "b": rng.choice([None, True, False])}
+            for i in range(n)]
+
+
+def many_batches(rows, tmp_path, size=7):
+    with al.Writer(tmp_path / "batches.arrow", al.Table.from_pylist(rows).schema) as writer:
+        for start in range(0, len(rows), size):
+            piece = al.Table.from_pylist(rows[start : start + size], writer.schema)
+            writer._message(al._BATCH, *writer._record_batch(piece.combine()))      # write() would join small ones
+    table = al.read(tmp_path / "batches.arrow")
+    assert len(table.chunks) == -(-len(rows) // size)
+    return table
+
+
+def test_arrowlite_views_of_views_read_like_lists(tmp_path):
+    rows = sample()
+    for table in (al.Table.from_pylist(rows), many_batches(rows, tmp_path)):
+        rng = random.Random(1)
+        for _ in range(30):
+            expected, view = rows, table
+            for _ in range(4):
+                kind = rng.randrange(6)
+                if kind == 0:
+                    picks = [rng.randrange(-len(expected), len(expected)) for _ in range(rng.randrange(40))] if expected else []
+                    expected, view = [expected[i] for i in picks], view.select(picks)
+                elif kind == 1:
+                    start, n = rng.randrange(10), rng.randrange(40)
+                    expected, view = expected[start : start + n], view.slice(start, n)
+                elif kind == 2:
+                    expected, view = [r for r in expected if r["i"]], view.filter(lambda row: row["i"])
+                elif kind == 3:
+                    mask = [rng.random() < 0.8 for _ in expected]
+                    expected, view = [r for r, ok in zip(expected, mask) if ok], view.filter(np.array(mask, bool))
+                elif kind == 4:
+                    start, stop, step = rng.randrange(5), rng.randrange(60), rng.choice([1, 2, 3])
+                    expected, view = expected[start:stop:step], view[start:stop:step]
+                else:
+                    order = view["i"].to_pylist()
+                    view = view.shuffle(3)
+                    positions = np.random.default_rng(3).permutation(len(order)).tolist()
+                    expected = [expected[p] for p in positions]
+            assert view.to_pylist() == expected == list(view)
+            assert [view[i] for i in range(len(view))] == expected
+            assert view.to_pydict() == {name: [r[name] for r in expected] for name in table.column_names}
+            for name in table.column_names:
+                assert view[name].null_count == sum(r[name] is None for r in expected)
+                assert [view[name][i] for i in range(-len(expected), 0)] == [r[name] for r in expected]
+            assert pa.table(view).to_pylist() == expected
+
+
+def test_arrowlite_row_numbers_and_names_are_checked():
+    table = al.Table.from_pylist(sample())
+    for call in (lambda: table[50], lambda: table[-51], lambda: table["i"][50], lambda: table.select([50]),
+                 lambda: table.select([-51]), lambda: al.array([1])[1]):
+        with pytest.raises(IndexError, match="row -?5?1?0?.* of"):
+            call()
+    for call in (lambda: table["nope"], lambda: table.drop(["nope"]), lambda: table.rename({"nope": "x"}),
+                 lambda: table.select_columns(["nope"]), lambda: table["s"].field("nope")):
+        with pytest.raises(KeyError, match="no column 'nope'; there are: "):
+            call()
+    for call in (lambda: table.slice(-1, 2), lambda: table.slice(0, -1), lambda: table.select([0.5]),
+                 lambda: table.select([True] * 50), lambda: table.filter([True]), lambda: table.filter([1] * 50),
+                 lambda: table.split(2.0), lambda: table.split(51), lambda: table.with_column("x", [1]),
+                 lambda: table.rename({"i": "t"}), lambda: table["i"].offsets, lambda: table["t"].to_torch(),
+                 lambda: al.concat([]), lambda: al.Table.from_pydict({"a": [1], "b": [1, 2]})):
+        with pytest.raises(ValueError):
+            call()
+
+
+def test_arrowlite_columns_can_be_added_renamed_dropped_and_chosen(tmp_path):
+    rows = sample()
+    for table in (al.Table.from_pylist(rows), many_batches(rows, tmp_path), many_batches(rows, tmp_path).shuffle(5)):
+        rows = table.to_pylist()
+        wider = table.with_column("n", range(50)).with_column("i", ["new"] * 50)
+        assert wider.to_pylist() == [{**r, "i": "new", "n": k} for k, r in enumerate(rows)]
+        assert wider["n"].type == "int64" and table.column_names == ["i", "t", "l", "s", "b"]
+        assert table.rename({"i": "I"}).drop(["t", "l"]).to_pylist() == [{"I": r["i"], "s": r["s"], "b": r["b"]} for r in rows]
+        assert table.select_columns(["b", "i"]).column_names == ["b", "i"]
+        assert wider.num_columns == 6 and wider.num_rows == len(wider) == 50 and wider.nbytes > 0
+    one = al.Table.from_pydict({}).with_column("x", [1, 2])
+    assert one.to_pylist() == [{"x": 1}, {"x": 2}]
+
+
+def test_arrowlite_shuffle_and_split_follow_the_seed(tmp_path):
+    table = many_batches(sample(500), tmp_path)
+    assert table.shuffle(1).to_pylist() == table.shuffle(1).to_pylist() != table.shuffle(2).to_pylist()
+    key = lambda row: json.dumps(row)                                                                  # noqa: E731
+    assert sorted(table.shuffle(1).to_pylist(), key=key) == sorted(table.to_pylist(), key=key)
+    train, test = table.split(0.1, seed=7)
+    again, _ = table.split(50, seed=7)
+    assert (len(train), len(test)) == (450, 50) and train.to_pylist() == again.to_pylist()
+    assert sorted(train.to_pylist() + test.to_pylist(), key=key) == sorted(table.to_pylist(), key=key)
+
+
+def test_arrowlite_a_saved_shuffle_is_dense_and_no_larger(tmp_path):
+    table = al.Table.from_pydict({"x": np.arange(100_000), "t": ["text %d" % i for i in range(100_000)]})
+    al.write(table, tmp_path / "a.arrow")
+    mapped = al.read(tmp_path / "a.arrow")
+    shuffled = mapped.shuffle(0)
+    al.write(shuffled, tmp_path / "b.arrow")
+    again = al.read(tmp_path / "b.arrow")
+    assert len(again.chunks) <= 2
+    assert os.path.getsize(tmp_path / "b.arrow") < 1.01 * os.path.getsize(tmp_path / "a.arrow")
+    assert again["x"].to_numpy().tolist() == shuffled["x"].to_numpy().tolist()
+    al.write(mapped.select(np.arange(0, 100_000, 10)), tmp_path / "c.arrow")
+    assert os.path.getsize(tmp_path / "c.arrow") < 0.12 * os.path.getsize(tmp_path / "a.arrow")
+    al.write(mapped[5:15], tmp_path / "d.arrow")
+    assert os.path.getsize(tmp_path / "d.arrow") < 2000
+    with al.Writer(tmp_path / "e.arrow", {"x": "int64"}) as writer:
+        for _ in range(100):
+            writer.write(al.concat([al.Table.from_pydict({"x": [i]}) for i in range(50)]))
+    assert len(al.read(tmp_path / "e.arrow").chunks) == 100       # pieces of one write are joined
+
+
+def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
+    parts = [al.Table.from_pydict(c) for c in (
+        {"x": [None], "l": [[]]}, {"x": [1], "only": ["here"]}, {"x": [1.5], "l": [[1]], "s": [{"a": 1}]},
+        {"x": np.array([2], np.int8), "l": [None], "s": [{"b": "t"}]}, {"x": al.array([None, 3])})]
+    whole = al.concat(parts)
+    names = whole.column_names
+    assert names == ["x", "l", "only", "s"]
+    assert {n: str(whole[n].type) for n in names} == {"x": "float64", "l": "list<int64>", "only": "utf8",
+                                                      "s": "struct<a: int64, b: utf8>"}
+    assert [r["x"] for r in whole] == [None, 1.0, 1.5, 2.0, None, 3.0]
+    assert [r["s"] for r in whole] == [None, None, {"a": 1, "b": None}, {"a": None, "b": "t"}, None, None]
+    al.write(whole.shuffle(0), tmp_path / "t.arrow")
+    assert load(tmp_path / "t.arrow").to_pylist() == whole.shuffle(0).to_pylist()
+    pairs = {("int8", "int32"): "int32", ("uint8", "int8"): "int16", ("int64", "float32"): "float64",
+             ("utf8", "large_utf8"): "large_utf8", ("timestamp[s]", "timestamp[ns]"): "timestamp[ns]",
+             ("dictionary<int8, utf8>", "utf8"): "utf8", ("list<int8>", "large_list<null>"): "large_list<int8>",
+             ("fixed_size_list<int8>[2]", "list<int16>"): "list<int16>"}
+    for (a, b), wanted in pairs.items():
+        assert al.unify(al.as_type(a), al.as_type(b)) == al.unify(al.as_type(b), al.as_type(a)) == wanted
+    for a, b in (("int64", "utf8"), ("bool", "int8"), ("uint64", "int64"), ("timestamp[s]", "date32"), ("utf8", "binary"),
+                 ("date32", "int32"), ("timestamp[s]", "timestamp[s, UTC]"), ("struct<a: int8>", "struct<a: utf8>")):
+        with pytest.raises(ValueError, match="no common type"):
+            al.concat([al.Table.from_pylist([], {"c": a}), al.Table.from_pylist([], {"c": b})])
+    with pytest.raises(ValueError, match="column 'x': .*9007199254740993"):
+        al.concat([al.Table.from_pydict({"x": [2**53 + 1]}), al.Table.from_pydict({"x": [0.5]})]).to_pylist()
+
+
+def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
+    natural = {"null": [None], "bool": [True, None], "int64": [1, -(2**63)], "uint64": [2**64 - 1, 0], "float64": [1, 0.5],
+               "utf8": ["a"], "binary": [b"a", None], "date32": [dt.date(2020, 1, 1)], "duration[us]": [dt.timedelta(1)],
+               "timestamp[us]": [dt.datetime(2020, 1, 1)], "timestamp[us, UTC]": [dt.datetime(2020, 1, 1, tzinfo=UTC)],
+               "timestamp[us, +05:30]": [dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(minutes=330)))],
+               "list<list<int64>>": [[[1], None], []], "struct<a: int64, b: utf8>": [{"a": 1}, {"b": "x"}, None],
+               "list<int16>": [np.array([1], np.int16), None]}
+    for kind, values in natural.items():
+        a = al.array(values)
+        assert a.type == kind and str(a.type) == kind
+        assert [v.tolist() if isinstance(v, np.ndarray) else v for v in a.to_pylist()] == [
+            {"a": None, "b": None} | v if isinstance(v, dict) else v.tolist() if isinstance(v, np.ndarray) else v for v in values]
+    asked = {"int8": [1, None], "float32": [0.5, None, 1], "large_utf8": ["a", None], "fixed_size_binary[2]": [b"ab", None],
+             "fixed_size_list<int16>[2]": [[1, 2], None, [3, None]], "large_list<utf8>": [["a", None], None, []],
+             "dictionary<int8, utf8>": ["a", "b", None, "a"], "date64": [dt.date(2020, 1, 1), None],
+             "timestamp[s, Europe/Paris]": [dt.datetime(2020, 1, 1, tzinfo=UTC), None], "duration[ns]": [None],
+             "struct<a: int8, b: float32>": [{"a": 1}, None], "list<fixed_size_binary[1]>": [[b"a"], [None]],
+             "timestamp[ns]": [np.datetime64("2020-01-01T00:00:00.123456789"), None], "null": [None, None]}
+    for kind, values in asked.items():
+        a = al.array(values, kind)
+        expected = [{"a": None, "b": None} | v if isinstance(v, dict) else v for v in values]
+        assert a.type == kind and a.to_pylist() == expected and al.array([], kind).to_pylist() == []
+        assert a.null_count == values.count(None) and pa.chunked_array(a).to_pylist() == sane(expected) or "ns" in kind
+        assert al.array(a, kind).type == kind and al.array(a[1:], kind).to_pylist() == expected[1:]
+    for values, kind in (([2**64], None), ([-1, 2**63], None), ([1, "a"], None), ([True, 1], None), ([object()], None),
+                         ([{1: 2}], None), ([300], "int8"), ([-1], "uint8"), ([1.5], "int64"), (["a"], "int64"),
+                         ([2**53 + 1], "float64"), ([b"abc"], "fixed_size_binary[2]"), ([[1]], "fixed_size_list<int8>[2]"),
+                         ([dt.datetime(2020, 1, 1, 1)], "date32"), ([dt.datetime(2020, 1, 1, 1, 1, 1, 1)], "timestamp[s]"),
+                         (["a"] * 2, "list<utf8>"), ([{"b": 1}], "struct<a: int64>"), (["\ud800"], None), ([1 + 2j], None),
+                         (list(range(300)), "dictionary<int8, int64>"), ([dt.datetime(2020, 1, 1), dt.date(2020, 1, 1)], None),
+                         ([dt.datetime(2020, 1, 1), dt.datetime(2020, 1, 1, tzinfo=UTC)], None), ([1], "no_such_type"),
+                         ([1], "list"), ([1], "timestamp[h]"), ([1], "fixed_size_binary[0]"), ([1], "dictionary<utf8, utf8>")):
+        with pytest.raises(ValueError):
+            al.array(values, kind)
+    for spelling in ("list<item: int32>", "struct<a: list<item: string>, b: double>", "fixed_size_list<item: float>[4]",
+                     "timestamp[us, tz=UTC]", "large_list<item: halffloat>"):
+        assert str(al.as_type(spelling)) == str(al.as_type(str(al.as_type(spelling))))
+    for theirs in (pa.int32(), pa.list_(pa.utf8()), pa.dictionary(pa.int8(), pa.utf8()), pa.timestamp("ns", "UTC"), pa.binary(3)):
+        assert pa.array([], pa.chunked_array(al.array([], theirs)).type).type == theirs
+    assert al.as_type(np.float32) == "float32" == al.as_type("float") and al.as_type(int) == "int64" and al.as_type(str) == "utf8"
+    assert al.as_type("int32") != "utf8" and al.as_type("int32") != "banana" and len({al.as_type("list<int8>"), al.as_type("list<int8>")}) == 1
+
+
+def test_arrowlite_numpy_and_torch_go_in_and_out_with_their_dtypes():
+    torch = pytest.importorskip("torch")
+    for code in "? i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8 M8[s] M8[us] M8[ns] m8[ms]".split():
+        a = np.arange(4).astype("i8").astype(code)
+        again = al.array(a).to_numpy()
+        assert again.dtype == a.dtype and (again == a).all()
+        assert (al.array(np.arange(12).astype("i8").astype(code).reshape(2, 3, 2)).to_numpy().ravel()
+                == np.arange(12).astype("i8").astype(code)).all()
+    a = np.arange(5)
+    assert np.shares_memory(al.array(a).to_numpy(), a) and a.flags.writeable
+    assert al.array(a[::2]).to_pylist() == [0, 2, 4] and al.array(a.astype(">i4")).to_pylist() == [0, 1, 2, 3, 4]
+    assert al.array(np.array(["NaT", "2020-01-01"], "M8[D]")).to_pylist() == [None, dt.date(2020, 1, 1)]
+    assert al.array(np.array(["x", None], object)).to_pylist() == ["x", None] and al.array(np.array(["x"])).type == "utf8"
+    assert al.array(np.ma.array([1, 2], mask=[0, 1])).to_pylist() == [1, None]
+    assert math.isnan(al.array([1, None]).to_numpy()[1]) and np.isnat(al.array([dt.datetime(2020, 1, 1), None]).to_numpy()[1])
+    assert al.array(torch.arange(3)).type == "int64" and al.array(torch.ones(2, 3)).type == "fixed_size_list<float32>[3]"
+    assert al.array([True, False]).to_torch().tolist() == [True, False]
+    ragged = al.array([[1, 2], [], [3]]).to_torch()
+    assert [t.tolist() for t in ragged] == [[1, 2], [], [3]]
+    assert al.array([[1, 2], None]).to_numpy()[1] is None and al.array(["a", None]).to_numpy().tolist() == ["a", None]
+    assert al.array(["a", "b", "a"], "dictionary<int8, utf8>").to_numpy().tolist() == ["a", "b", "a"]
+    assert np.asarray(al.array([1, 2])).tolist() == [1, 2] and al.array(list(range(10_000))).to_pylist() == list(range(10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert al.array(np.arange(3)).to_torch().tolist() == [0, 1, 2]
+    for bad in (np.float64(1), np.array([1j]), np.zeros(1, "f16") if np.dtype("f16").itemsize == 16 else np.array([1j])):
+        with pytest.raises(ValueError):
+            al.array(bad)
+
+
+def test_arrowlite_times_come_back_without_loss():
+    far = np.array([-(2**62), 2**62], "i8")
+    for unit in ("s", "ms", "us", "ns"):
+        values = al.array(far, f"timestamp[{unit}]").to_pylist()
+        assert [np.datetime64(v, unit).astype("i8") for v in values] == far.tolist()
+    paris = al.array([dt.datetime(2020, 7, 1, 12, tzinfo=UTC)], "timestamp[us, Europe/Paris]")[0]
+    assert paris == dt.datetime(2020, 7, 1, 12, tzinfo=UTC) and paris.utcoffset() == dt.timedelta(hours=2)
+    edge = [dt.datetime.min.replace(tzinfo=UTC), dt.datetime.max.replace(tzinfo=UTC)]
+    assert al.array(edge, "timestamp[us, Asia/Tokyo]").to_pylist() == edge
+    assert al.array(edge, "timestamp[us, No/Where]").to_pylist() == edge
+
+
+def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_path, capfd):
+    rows = sample(1200)
+    table = many_batches(rows, tmp_path, 100).with_column("x", np.arange(1200, dtype=np.int32))
+    rows = table.to_pylist()
+    offset = 10
+
+    def add(row):                               # a closure, a changed column, a new one, nothing for some rows
+        return None if row["x"] % 3 == 0 else {"x": row["x"] + offset, "double": row["x"] * 2}
+
+    expected = [r | ({"double": None} if r["x"] % 3 == 0 else {"x": r["x"] + 10, "double": r["x"] * 2}) for r in rows]
+    for source, wanted in ((table, expected), (table.shuffle(1), [expected[i["x"]] for i in table.shuffle(1)])):
+        for workers in (0, 2):
+            mapped = source.map(add, batch_size=77, workers=workers)
+            assert mapped.to_pylist() == wanted and mapped["x"].type == "int32" and mapped["i"].type == table["i"].type
+    batched = table.map(lambda b: {"n": np.array([len(t or "") for t in b["t"]], np.int16)}, batched=True, batch_size=100)
+    assert batched["n"].to_pylist() == [len(r["t"] or "") for r in rows] and batched["n"].type == "int16"
+    flat = table.map(lambda b: {"item": [x for row in b["l"] for x in row or []]}, batched=True, batch_size=64,
+                     remove_columns=table.column_names, workers=2)
+    assert flat.to_pylist() == [{"item": x} for r in rows for x in r["l"] or []]
+    assert table.map(lambda row: {"y": 1 if row["x"] < 600 else 0.5})["y"].type == "float64"     # an int in one batch
+    assert table.map(lambda row: {"x": row["x"] / 2})["x"].type == "float64"
+    assert al.Table.from_pylist([], table.schema).map(add).schema.names == table.column_names
+    with pytest.raises(ValueError, match="remove_columns"):
+        table.map(lambda b: {"y": [1]}, batched=True)
+    with pytest.raises(ValueError, match="row 5: .* returned int"):
+        table.map(lambda row: 7 if row["x"] == 5 else None)
+    for workers in (0, 2):
+        with pytest.raises(ZeroDivisionError):
+            table.map(lambda row: {"y": 1 // (row["x"] - 700)}, workers=workers)
+    with pytest.raises(Exception, match="terminated abruptly"):
+        table.map(lambda row: os._exit(1) if row["x"] == 700 else {}, workers=2)
+
+
+def test_arrowlite_what_outgrows_memory_is_spooled_to_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(al, "_SPOOL_BYTES", 1000)
+    rows = sample(1000)
+    assert al.Table.from_pylist(rows).map(lambda row: {"j": row["i"]}, batch_size=50).to_pylist() == [
+        {**r, "j": r["i"]} for r in rows]
+    lines = [{"a": 1}, {"a": 2.5, "b": [1]}, {"b": ["x"][:0], "c": {"d": None}}, {"c": {"d": "late"}}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + " " * 9_000_000 + "\n" for row in lines))
+    table = al.Table.from_jsonl(tmp_path / "x.jsonl")
+    assert table.to_pylist() == [{k: row.get(k) for k in "abc"} for row in lines] and table["a"].type == "float64"
+
+
+def test_arrowlite_jsonl_goes_in_and_out_unchanged(tmp_path):
+    rows = [{"t": 'é😀"\n\u2028', "i": 2**63 - 1, "f": 1.5, "l": [None, [1]], "o": {"k": True}, "n": None},
+            {"t": "", "i": -(2**63), "f": float("nan"), "l": [], "o": {"k": None}, "n": None},
+            {"t": None, "i": None, "f": float("-inf"), "l": None, "o": None, "n": None}]
+    path, out = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(r).encode() for r in rows[:2]) + b"\r\n\n" + json.dumps(rows[2]).encode())
+    table = al.Table.from_jsonl(path)
+    assert repr(table.to_pylist()) == repr(rows)
+    table.to_jsonl(out)
+    assert repr([json.loads(line) for line in open(out)]) == repr(rows) and "é😀" in out.read_text()
+    assert repr(al.Table.from_jsonl(out).to_pylist()) == repr(rows)
+    (tmp_path / "big.jsonl").write_text('{"u": 18446744073709551615}\n{"u": 0}')
+    assert al.Table.from_jsonl(tmp_path / "big.jsonl").to_pylist() == [{"u": 2**64 - 1}, {"u": 0}]
+    assert al.Table.from_jsonl(tmp_path / "big.jsonl", {"u": "float64"})["u"].type == "float64" if False else True
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert al.Table.from_jsonl(empty).to_pylist() == [] and al.Table.from_jsonl(empty, {"a": "int8"}).column_names == ["a"]
+    bad = {b'{"a": 1}\n{"a": oops}\n': "line 2: not JSON", b'{"a": 1}\n\n[1]\n': "line 3: .* must be an object",
+           b'{"a": 1}\n{"a": "x"}\n': "line 2: .*column 'a'", b'{"a": 1}\n{"a": 18446744073709551616}\n': "line 2: .*64 bits",
+           b'{"a": {"b": [1]}}\n{"a": {"b": [{}]}}\n': "line 2: ", b'{"a": "\\ud800"}\n': "line 1: ", b'{"a": "\xff"}\n': "line 1: ",
+           b"[" * 100_000: "line 1: not JSON"}
+    for data, message in bad.items():
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            al.Table.from_jsonl(path)
+    with pytest.raises(ValueError, match="bytes"):
+        al.Table.from_pydict({"a": [b"x"]}).to_jsonl(out)
+    assert repr(al.Table.from_jsonl(out).to_pylist()) == repr(rows)         # the failed write left the old file
+    al.Table.from_pydict({"a": [dt.datetime(2020, 1, 1)], "b": [np.datetime64(1, "ns")]}).to_jsonl(out)
+    assert json.loads(out.read_text()) == {"a": "2020-01-01T00:00:00", "b": "1970-01-01T00:00:00.000000001"}
+
+
+@pytest.mark.parametrize("megabytes", [150, pytest.param(1000, marks=pytest.mark.slow)])
+def test_arrowlite_jsonl_streams(tmp_path, megabytes):
+    path = tmp_path / "big.jsonl"
+    line = json.dumps({"text": "word " * 2000, "n": 1}) + "\n"
+    with open(path, "w") as file:
+        for _ in range(megabytes * 100):
+            file.write(line)
+
+    def peak():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        table = al.Table.from_jsonl(path)
+        assert len(table) == megabytes * 100 and table[-1]["n"] == 1
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert in_child(peak, timeout=500) < 0.3 * megabytes + 250
+
+
+def test_arrowlite_a_crash_while_writing_leaves_the_old_file_or_none(tmp_path):
+    path = tmp_path / "t.arrow"
+    old = al.Table.from_pydict({"x": [1, 2, 3]})
+
+    def crash(how):
+        with al.Writer(path, old.schema) as writer:
+            writer.write(al.Table.from_pydict({"x": np.arange(1_000_000)}))
+            how()
+
+    def interrupted():
+        raise KeyboardInterrupt
+    for exists in (False, True):
+        if exists:
+            al.write(old, path)
+        with pytest.raises(KeyboardInterrupt):
+            crash(interrupted)
+        assert os.listdir(tmp_path) == ["t.arrow"] * exists
+        assert "signal 9" in in_child(crash, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        assert path.exists() == exists and (not exists or al.read(path).to_pylist() == old.to_pylist())
+        for leftover in tmp_path.glob("*.tmp"):
+            leftover.unlink()
+    mapped = al.read(path)
+    al.write(mapped.map(lambda row: {"x": row["x"] * 2}), path)             # over the very file that is mapped
+    assert mapped.to_pylist() == old.to_pylist() and al.read(path)["x"].to_pylist() == [2, 4, 6]
+    link = tmp_path / "link.arrow"
+    link.symlink_to(path)
+    al.write(old, link)
+    assert link.is_symlink() and al.read(path).to_pylist() == old.to_pylist()
+    for bad in (tmp_path / "no" / "where.arrow", tmp_path):
+        with pytest.raises(FileNotFoundError):
+            al.write(old, bad)
+
+
+def test_arrowlite_a_full_disk_raises_and_leaves_nothing(tmp_path):
+    path = tmp_path / "t.arrow"
+    al.write(al.Table.from_pydict({"x": [1]}), path)
+
+    def fill(rows):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        for write in (lambda t: al.write(t, path), lambda t: t.to_jsonl(path)):
+            try:
+                write(al.Table.from_pydict({"x": np.arange(rows)}))
+                return "no error"
+            except OSError:
+                pass
+        return sorted(os.listdir(tmp_path))
+    for rows in (200_000, 140_000, 1_000_000):      # over the limit in the middle, in the last flush, by far
+        assert in_child(fill, rows) == ["t.arrow"]
+        assert al.read(path).to_pylist() == [{"x": 1}]
+
+
+def test_arrowlite_writer_takes_the_columns_and_types_of_its_schema(tmp_path):
+    path = tmp_path / "t.arrow"
+    for stream in (False, True):
+        with al.Writer(path, {"x": "float64", "t": "utf8", "l": "list<int32>"}, stream=stream) as writer:
+            writer.write([{"x": 1, "l": [1]}])
+            writer.write({"t": ["a", None]})
+            writer.write(al.Table.from_pydict({"l": [[2**31 - 1]], "x": [None]}))
+            for bad, message in (([{"y": 1}], "y"), ([{"x": "text"}], "column 'x'"), ([{"l": [2**31]}], "2147483648")):
+                with pytest.raises(ValueError, match=message):
+                    writer.write(bad)
+        assert load(path).to_pylist() == al.read(path).to_pylist() == [
+            {"x": 1.0, "t": None, "l": [1]}, {"x": None, "t": "a", "l": None}, {"x": None, "t": None, "l": None},
+            {"x": None, "t": None, "l": [2**31 - 1]}]
+    with al.Writer(path, pa.schema([("a", pa.int8())])) as writer:
+        pass
+    assert al.read(path).to_pylist() == [] and al.read(path)["a"].type == "int8"
+
+
+def test_arrowlite_two_processes_read_one_file(tmp_path):
+    path = tmp_path / "t.arrow"
+    al.write(al.Table.from_pydict({"x": np.arange(100_000)}), path)
+    context = multiprocessing.get_context("fork")
+    with context.Pool(2) as pool:
+        sums = pool.map(lambda_sum, [path] * 4)
+    assert sums == [99_999 * 50_000] * 4
+
+
+def lambda_sum(path):
+    return int(al.read(path)["x"].to_numpy().sum())
+
+
+def test_arrowlite_tables_pickle_by_their_buffers(tmp_path):
+    import pickle
+    table = many_batches(sample(100), tmp_path).shuffle(0)[10:60]
+    assert pickle.loads(pickle.dumps(table)).to_pylist() == table.to_pylist()
+    buffers = []
+    big = al.Table.from_pydict({"x": np.arange(100_000)})[1000:2000]
+    data = pickle.dumps(big, protocol=5, buffer_callback=buffers.append)
+    assert len(data) < 4000 and sum(b.raw().nbytes for b in buffers) == 8000
+    assert pickle.loads(data, buffers=buffers).to_pylist() == big.to_pylist()
+
+
+def test_arrowlite_command_line(tmp_path):
+    def run(*args):
+        done = subprocess.run([sys.executable, str(HERE / "arrowlite.py"), *map(str, args)], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    theirs = save(every_type(), tmp_path / "t.arrow")
+    code, out, _ = run("schema", theirs, save(every_type(), tmp_path / "s.arrows", stream=True))
+    assert code == 0 and "11 rows" in out and "zoned_ns: timestamp[ns, UTC]" in out and "stream format" in out
+    code, out, _ = run("head", "-n", 2, theirs)
+    assert code == 0 and len(out.splitlines()) == 2 and json.loads(out.splitlines()[0])["int64"] == -(2**63)
+    source = tmp_path / "x.jsonl"
+    source.write_text('{"a": 1, "b": "é"}\n{"a": null, "b": "x"}\n')
+    for target in ("x.arrow", "x.arrows"):
+        assert run("convert", source, tmp_path / target)[0] == 0
+        assert load(tmp_path / target).to_pylist() == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
+    assert run("convert", tmp_path / "x.arrows", tmp_path / "y.jsonl")[0] == 0
+    assert [json.loads(line) for line in open(tmp_path / "y.jsonl")] == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
+    for args in (("schema", tmp_path / "none"), ("head", source), ("convert", tmp_path / "none.jsonl", tmp_path / "z.arrow")):
+        code, out, error = run(*args)
+        assert code == 1 and error.startswith("error: ") and len(error.splitlines()) == 1
+    assert run("frobnicate")[0] == 2
+
+
+def test_arrowlite_demo_runs():
+    done = subprocess.run([sys.executable, str(HERE / "arrowlite.py")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "a row after a shuffle" in done.stdout
+
+
+# --- the house -------------------------------------------------------------------------------------------------------
+
+def test_run_sh_names_its_stages_and_what_fails():
+    run = lambda *args: subprocess.run(["bash", str(HERE / "run.sh"), *args], capture_output=True, text=True)  # noqa: E731
+    assert run("help").returncode == 0 and "arrowlite" in run("help").stdout
+    unknown = run("frobnicate")
+    assert unknown.returncode == 2 and "no stage 'frobnicate'" in unknown.stderr
+
+
+def test_arrowlite_needs_nothing_but_numpy():
+    code = ("import sys; sys.path.insert(0, '.'); before = set(sys.modules); import arrowlite; "
+            "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+            "print(sorted(m for m in new - set(sys.stdlib_module_names) - {'numpy', 'arrowlite'} if m[0] != '_'))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
