@@ -87,7 +87,8 @@ def every_type(n=11):
         "binary": nulled([t.encode() + b"\xff" for t in texts], pa.binary()),
         "large_binary": nulled([t.encode() for t in texts], pa.large_binary()),
         "fixed": nulled([bytes([i, 0, 255]) for i in range(n)], pa.binary(3)),
-        "string_view": nulled(texts, pa.string_view()), "binary_view": nulled([b"y" * i for i in range(n)], pa.binary_view()),
+        "string_view": nulled(texts, pa.string_view()),
+        "binary_view": nulled([b"y" * i for i in range(n)], pa.binary_view()),
         "date32": nulled([dt.date(1960, 1, 1) + dt.timedelta(days=999 * i) for i in range(n)], pa.date32()),
         "date64": nulled([dt.date(2020, 1, 1) + dt.timedelta(days=i) for i in range(n)], pa.date64()),
         "list": nulled([list(range(i)) for i in range(n)], pa.list_(pa.int32())),
@@ -100,7 +101,7 @@ def every_type(n=11):
                                                       pa.array(list("abacaba")).dictionary_encode()),
     }
     for unit in ("s", "ms", "us", "ns"):
-        moments = np.arange(n).astype("i8") * 86_399_999_999_999 // 10 ** (3 * (3 - ["s", "ms", "us", "ns"].index(unit)))
+        moments = np.arange(n) * 86_399_999_999_999 // 10 ** (9 - 3 * ["s", "ms", "us", "ns"].index(unit))
         columns[f"timestamp_{unit}"] = nulled(list(moments), pa.int64()).cast(pa.timestamp(unit))
         columns[f"zoned_{unit}"] = nulled(list(moments), pa.int64()).cast(pa.timestamp(unit, "UTC"))
         columns[f"duration_{unit}"] = nulled(list(moments), pa.int64()).cast(pa.duration(unit))
@@ -117,7 +118,9 @@ def sane(rows):
             return np.timedelta64(x.value, "ns")
         if isinstance(x, np.generic) and not isinstance(x, (np.datetime64, np.timedelta64)):
             return x.item()
-        return [value(y) for y in x] if isinstance(x, list) else {k: value(v) for k, v in x.items()} if isinstance(x, dict) else x
+        if isinstance(x, dict):
+            return {k: value(v) for k, v in x.items()}
+        return [value(y) for y in x] if isinstance(x, list) else x
     return [value(row) for row in rows]
 
 
@@ -245,8 +248,8 @@ def test_arrowlite_files_open_in_feather_polars_duckdb_and_datasets(tmp_path):
     assert feather.read_table(file).to_pylist() == rows
     for frame in (polars.read_ipc(file), polars.scan_ipc(file).collect()):          # polars maps the file to scan it
         assert frame.drop("s").to_dicts() == [{k: r[k] for k in r if k != "s"} for r in rows]
-    mapped = ipc.open_file(pa.memory_map(str(file))).read_all()     # DuckDB finds the table by the name of the variable
-    assert duckdb.sql("select sum(i), count(text) from mapped").fetchall() == [(4, 2)]
+    mapped = ipc.open_file(pa.memory_map(str(file))).read_all()
+    assert duckdb.from_arrow(mapped).aggregate("sum(i), count(text)").fetchall() == [(4, 2)]
     assert datasets.Dataset.from_file(str(stream)).to_list() == rows
 
 
@@ -265,7 +268,8 @@ def test_arrowlite_reads_what_polars_and_datasets_write(tmp_path):
 
 def test_arrowlite_metadata_of_schema_and_fields_survives(tmp_path):
     inner = pa.field("item", pa.int8(), nullable=False, metadata={"deep": "yes"})
-    schema = pa.schema([pa.field("x", pa.list_(inner), nullable=False, metadata={b"k": b"\xff\0"})], metadata={"a": "é"})
+    column = pa.field("x", pa.list_(inner), nullable=False, metadata={b"k": b"\xff\0"})
+    schema = pa.schema([column], metadata={"a": "é"})
     path = save(pa.table({"x": [[1], []]}, schema), tmp_path / "t.arrow")
     al.write(al.read(path).shuffle(0).filter(lambda row: True), tmp_path / "u.arrow")
     assert load(tmp_path / "u.arrow").schema.equals(schema, check_metadata=True)
@@ -317,7 +321,8 @@ def test_arrowlite_reads_both_alignments_and_the_framing_before_2019(tmp_path):
     table = every_type()
     for alignment in (8, 64):
         sink = io.BytesIO()
-        with ipc.new_stream(sink, table.schema, options=ipc.IpcWriteOptions(use_legacy_format=alignment == 8)) as writer:
+        options = ipc.IpcWriteOptions(use_legacy_format=alignment == 8)
+        with ipc.new_stream(sink, table.schema, options=options) as writer:
             writer.write_table(table)
         (tmp_path / "t.arrows").write_bytes(sink.getvalue())
         assert al.read(tmp_path / "t.arrows").to_pylist() == sane(table.to_pylist())
@@ -325,9 +330,11 @@ def test_arrowlite_reads_both_alignments_and_the_framing_before_2019(tmp_path):
 
 def test_arrowlite_refuses_foreign_types_and_big_endian_by_name(tmp_path):
     cases = {"decimal": pa.array([Decimal("1.5")]), "time": pa.array([dt.time(1)]),
-             "map": pa.array([[("a", 1)]], pa.map_(pa.utf8(), pa.int8())), "union": pa.UnionArray.from_sparse(
-                 pa.array([0], pa.int8()), [pa.array([1])]), "run_end_encoded": pa.RunEndEncodedArray.from_arrays([1], ["a"]),
-             "list_view": pa.array([[1]], pa.list_view(pa.int8())), "interval": pa.array([(1, 2, 3)], pa.month_day_nano_interval())}
+             "map": pa.array([[("a", 1)]], pa.map_(pa.utf8(), pa.int8())),
+             "union": pa.UnionArray.from_sparse(pa.array([0], pa.int8()), [pa.array([1])]),
+             "run_end_encoded": pa.RunEndEncodedArray.from_arrays([1], ["a"]),
+             "list_view": pa.array([[1]], pa.list_view(pa.int8())),
+             "interval": pa.array([(1, 2, 3)], pa.month_day_nano_interval())}
     for name, values in cases.items():
         table = pa.table({"the column": values})
         with pytest.raises(ValueError, match=f"'the column'.*{name}"):
@@ -427,8 +434,7 @@ def test_arrowlite_exchanges_tables_with_pyarrow_polars_and_duckdb_over_the_same
     frame = polars.DataFrame(ours)
     assert frame["x"].to_numpy().__array_interface__["data"][0] == where
     assert al.Table.from_arrow(frame).to_pylist() == ours.to_pylist()
-    assert duckdb.sql("select sum(x) from there2", ).fetchall() if (there2 := pa.table(ours)) is None else True
-    relation = duckdb.sql("select x * 2 as y, t from ours where x < 3") if hasattr(duckdb, "sql") else None
+    relation = duckdb.sql("select x * 2 as y, t from ours where x < 3")         # it finds the variable by its name
     assert al.Table.from_arrow(relation).to_pylist() == [{"y": 2 * i, "t": [i, i]} for i in range(3)]
     assert pa.array(al.array([1, None, 3]).to_pylist()).equals(pa.chunked_array(al.array([1, None, 3])).chunk(0))
     assert al.array(pa.array(["a", None])).to_pylist() == ["a", None]
@@ -530,8 +536,8 @@ def metadata_spans(data):
 
 
 def hostile_examples(tmp_path):
-    small = every_type(5).select(["null", "bool", "int32", "utf8", "list", "fixed_list", "struct", "dictionary", "string_view",
-                                  "zoned_us", "fixed"])
+    small = every_type(5).select(["null", "bool", "int32", "utf8", "list", "fixed_list", "struct", "dictionary",
+                                  "string_view", "zoned_us", "fixed"])
     ours = al.Table.from_arrow(small)
     for stream in (False, True):
         al.write(ours, tmp_path / "seed.arrow", stream=stream)
@@ -579,7 +585,8 @@ def test_arrowlite_survives_mutations(tmp_path, rounds):
 
 def sample(n=50, seed=0):
     rng = random.Random(seed)
-    return [{"i": rng.choice([None, i]), "t": rng.choice([None, "é" * (i % 5)]), "l": rng.choice([None, list(range(i % 4))]),
+    return [{"i": rng.choice([None, i]), "t": rng.choice([None, "é" * (i % 5)]),
+             "l": rng.choice([None, list(range(i % 4))]),
              "s": rng.choice([None, {"a": i, "b": [str(i)] * (i % 2)}]), "b": rng.choice([None, True, False])}
             for i in range(n)]
 
@@ -603,7 +610,8 @@ def test_arrowlite_views_of_views_read_like_lists(tmp_path):
             for _ in range(4):
                 kind = rng.randrange(6)
                 if kind == 0:
-                    picks = [rng.randrange(-len(expected), len(expected)) for _ in range(rng.randrange(40))] if expected else []
+                    n = len(expected)
+                    picks = [rng.randrange(-n, n) for _ in range(rng.randrange(40))] if n else []
                     expected, view = [expected[i] for i in picks], view.select(picks)
                 elif kind == 1:
                     start, n = rng.randrange(10), rng.randrange(40)
@@ -656,7 +664,8 @@ def test_arrowlite_columns_can_be_added_renamed_dropped_and_chosen(tmp_path):
         wider = table.with_column("n", range(50)).with_column("i", ["new"] * 50)
         assert wider.to_pylist() == [{**r, "i": "new", "n": k} for k, r in enumerate(rows)]
         assert wider["n"].type == "int64" and table.column_names == ["i", "t", "l", "s", "b"]
-        assert table.rename({"i": "I"}).drop(["t", "l"]).to_pylist() == [{"I": r["i"], "s": r["s"], "b": r["b"]} for r in rows]
+        fewer = [{"I": r["i"], "s": r["s"], "b": r["b"]} for r in rows]
+        assert table.rename({"i": "I"}).drop(["t", "l"]).to_pylist() == fewer
         assert table.select_columns(["b", "i"]).column_names == ["b", "i"]
         assert wider.num_columns == 6 and wider.num_rows == len(wider) == 50 and wider.nbytes > 0
     one = al.Table.from_pydict({}).with_column("x", [1, 2])
@@ -713,8 +722,9 @@ def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
              ("fixed_size_list<int8>[2]", "list<int16>"): "list<int16>"}
     for (a, b), wanted in pairs.items():
         assert al.unify(al.as_type(a), al.as_type(b)) == al.unify(al.as_type(b), al.as_type(a)) == wanted
-    for a, b in (("int64", "utf8"), ("bool", "int8"), ("uint64", "int64"), ("timestamp[s]", "date32"), ("utf8", "binary"),
-                 ("date32", "int32"), ("timestamp[s]", "timestamp[s, UTC]"), ("struct<a: int8>", "struct<a: utf8>")):
+    for a, b in (("int64", "utf8"), ("bool", "int8"), ("uint64", "int64"), ("timestamp[s]", "date32"),
+                 ("utf8", "binary"), ("date32", "int32"), ("timestamp[s]", "timestamp[s, UTC]"),
+                 ("struct<a: int8>", "struct<a: utf8>")):
         with pytest.raises(ValueError, match="no common type"):
             al.concat([al.Table.from_pylist([], {"c": a}), al.Table.from_pylist([], {"c": b})])
     with pytest.raises(ValueError, match="column 'x': .*9007199254740993"):
@@ -722,8 +732,9 @@ def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
 
 
 def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
-    natural = {"null": [None], "bool": [True, None], "int64": [1, -(2**63)], "uint64": [2**64 - 1, 0], "float64": [1, 0.5],
-               "utf8": ["a"], "binary": [b"a", None], "date32": [dt.date(2020, 1, 1)], "duration[us]": [dt.timedelta(1)],
+    natural = {"null": [None], "bool": [True, None], "int64": [1, -(2**63)], "uint64": [2**64 - 1, 0],
+               "float64": [1, 0.5], "utf8": ["a"], "binary": [b"a", None], "date32": [dt.date(2020, 1, 1)],
+               "duration[us]": [dt.timedelta(1)],
                "timestamp[us]": [dt.datetime(2020, 1, 1)], "timestamp[us, UTC]": [dt.datetime(2020, 1, 1, tzinfo=UTC)],
                "timestamp[us, +05:30]": [dt.datetime(2020, 1, 1, tzinfo=dt.timezone(dt.timedelta(minutes=330)))],
                "list<list<int64>>": [[[1], None], []], "struct<a: int64, b: utf8>": [{"a": 1}, {"b": "x"}, None],
@@ -731,9 +742,10 @@ def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
     for kind, values in natural.items():
         a = al.array(values)
         assert a.type == kind and str(a.type) == kind
-        assert [v.tolist() if isinstance(v, np.ndarray) else v for v in a.to_pylist()] == [
-            {"a": None, "b": None} | v if isinstance(v, dict) else v.tolist() if isinstance(v, np.ndarray) else v for v in values]
-    asked = {"int8": [1, None], "float32": [0.5, None, 1], "large_utf8": ["a", None], "fixed_size_binary[2]": [b"ab", None],
+        assert a.to_pylist() == [v.tolist() if isinstance(v, np.ndarray) else
+                                 {"a": None, "b": None} | v if isinstance(v, dict) else v for v in values]
+    asked = {"int8": [1, None], "float32": [0.5, None, 1], "large_utf8": ["a", None],
+             "fixed_size_binary[2]": [b"ab", None],
              "fixed_size_list<int16>[2]": [[1, 2], None, [3, None]], "large_list<utf8>": [["a", None], None, []],
              "dictionary<int8, utf8>": ["a", "b", None, "a"], "date64": [dt.date(2020, 1, 1), None],
              "timestamp[s, Europe/Paris]": [dt.datetime(2020, 1, 1, tzinfo=UTC), None], "duration[ns]": [None],
@@ -745,23 +757,28 @@ def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
         assert a.type == kind and a.to_pylist() == expected and al.array([], kind).to_pylist() == []
         assert a.null_count == values.count(None) and pa.chunked_array(a).to_pylist() == sane(expected) or "ns" in kind
         assert al.array(a, kind).type == kind and al.array(a[1:], kind).to_pylist() == expected[1:]
+    day = dt.datetime(2020, 1, 1)
     for values, kind in (([2**64], None), ([-1, 2**63], None), ([1, "a"], None), ([True, 1], None), ([object()], None),
                          ([{1: 2}], None), ([300], "int8"), ([-1], "uint8"), ([1.5], "int64"), (["a"], "int64"),
-                         ([2**53 + 1], "float64"), ([b"abc"], "fixed_size_binary[2]"), ([[1]], "fixed_size_list<int8>[2]"),
-                         ([dt.datetime(2020, 1, 1, 1)], "date32"), ([dt.datetime(2020, 1, 1, 1, 1, 1, 1)], "timestamp[s]"),
-                         (["a"] * 2, "list<utf8>"), ([{"b": 1}], "struct<a: int64>"), (["\ud800"], None), ([1 + 2j], None),
-                         (list(range(300)), "dictionary<int8, int64>"), ([dt.datetime(2020, 1, 1), dt.date(2020, 1, 1)], None),
-                         ([dt.datetime(2020, 1, 1), dt.datetime(2020, 1, 1, tzinfo=UTC)], None), ([1], "no_such_type"),
-                         ([1], "list"), ([1], "timestamp[h]"), ([1], "fixed_size_binary[0]"), ([1], "dictionary<utf8, utf8>")):
+                         ([2**53 + 1], "float64"), ([b"abc"], "fixed_size_binary[2]"),
+                         ([[1]], "fixed_size_list<int8>[2]"), ([day.replace(hour=1)], "date32"),
+                         ([day.replace(microsecond=1)], "timestamp[s]"), (["a"] * 2, "list<utf8>"),
+                         ([{"b": 1}], "struct<a: int64>"), (["\ud800"], None), ([1 + 2j], None),
+                         (list(range(300)), "dictionary<int8, int64>"), ([day, day.date()], None),
+                         ([day, day.replace(tzinfo=UTC)], None), ([1], "no_such_type"), ([1], "list"),
+                         ([1], "timestamp[h]"), ([1], "fixed_size_binary[0]"), ([1], "dictionary<utf8, utf8>")):
         with pytest.raises(ValueError):
             al.array(values, kind)
     for spelling in ("list<item: int32>", "struct<a: list<item: string>, b: double>", "fixed_size_list<item: float>[4]",
                      "timestamp[us, tz=UTC]", "large_list<item: halffloat>"):
         assert str(al.as_type(spelling)) == str(al.as_type(str(al.as_type(spelling))))
-    for theirs in (pa.int32(), pa.list_(pa.utf8()), pa.dictionary(pa.int8(), pa.utf8()), pa.timestamp("ns", "UTC"), pa.binary(3)):
+    for theirs in (pa.int32(), pa.list_(pa.utf8()), pa.dictionary(pa.int8(), pa.utf8()), pa.timestamp("ns", "UTC"),
+                   pa.binary(3)):
         assert pa.array([], pa.chunked_array(al.array([], theirs)).type).type == theirs
-    assert al.as_type(np.float32) == "float32" == al.as_type("float") and al.as_type(int) == "int64" and al.as_type(str) == "utf8"
-    assert al.as_type("int32") != "utf8" and al.as_type("int32") != "banana" and len({al.as_type("list<int8>"), al.as_type("list<int8>")}) == 1
+    for spec, name in ((np.float32, "float32"), ("float", "float32"), (int, "int64"), (str, "utf8"), (bool, "bool")):
+        assert al.as_type(spec) == name
+    assert al.as_type("int32") != "utf8" and al.as_type("int32") != "banana"
+    assert len({al.as_type("list<int8>"), al.as_type("list<item: int8>")}) == 1
 
 
 def test_arrowlite_numpy_and_torch_go_in_and_out_with_their_dtypes():
@@ -776,20 +793,24 @@ def test_arrowlite_numpy_and_torch_go_in_and_out_with_their_dtypes():
     assert np.shares_memory(al.array(a).to_numpy(), a) and a.flags.writeable
     assert al.array(a[::2]).to_pylist() == [0, 2, 4] and al.array(a.astype(">i4")).to_pylist() == [0, 1, 2, 3, 4]
     assert al.array(np.array(["NaT", "2020-01-01"], "M8[D]")).to_pylist() == [None, dt.date(2020, 1, 1)]
-    assert al.array(np.array(["x", None], object)).to_pylist() == ["x", None] and al.array(np.array(["x"])).type == "utf8"
+    assert al.array(np.array(["x", None], object)).to_pylist() == ["x", None]
+    assert al.array(np.array(["x"])).type == "utf8"
     assert al.array(np.ma.array([1, 2], mask=[0, 1])).to_pylist() == [1, None]
-    assert math.isnan(al.array([1, None]).to_numpy()[1]) and np.isnat(al.array([dt.datetime(2020, 1, 1), None]).to_numpy()[1])
-    assert al.array(torch.arange(3)).type == "int64" and al.array(torch.ones(2, 3)).type == "fixed_size_list<float32>[3]"
+    assert math.isnan(al.array([1, None]).to_numpy()[1])
+    assert np.isnat(al.array([dt.datetime(2020, 1, 1), None]).to_numpy()[1])
+    assert al.array(torch.arange(3)).type == "int64"
+    assert al.array(torch.ones(2, 3)).type == "fixed_size_list<float32>[3]"
     assert al.array([True, False]).to_torch().tolist() == [True, False]
     ragged = al.array([[1, 2], [], [3]]).to_torch()
     assert [t.tolist() for t in ragged] == [[1, 2], [], [3]]
     assert al.array([[1, 2], None]).to_numpy()[1] is None and al.array(["a", None]).to_numpy().tolist() == ["a", None]
     assert al.array(["a", "b", "a"], "dictionary<int8, utf8>").to_numpy().tolist() == ["a", "b", "a"]
-    assert np.asarray(al.array([1, 2])).tolist() == [1, 2] and al.array(list(range(10_000))).to_pylist() == list(range(10_000))
+    assert np.asarray(al.array([1, 2])).tolist() == [1, 2]
+    assert al.array(list(range(10_000))).to_pylist() == list(range(10_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert al.array(np.arange(3)).to_torch().tolist() == [0, 1, 2]
-    for bad in (np.float64(1), np.array([1j]), np.zeros(1, "f16") if np.dtype("f16").itemsize == 16 else np.array([1j])):
+    for bad in (np.float64(1), np.array([1j]), np.zeros(1, np.longdouble)):
         with pytest.raises(ValueError):
             al.array(bad)
 
@@ -820,7 +841,7 @@ def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_pat
         for workers in (0, 2):
             mapped = source.map(add, batch_size=77, workers=workers)
             assert mapped.to_pylist() == wanted and mapped["x"].type == "int32" and mapped["i"].type == table["i"].type
-    batched = table.map(lambda b: {"n": np.array([len(t or "") for t in b["t"]], np.int16)}, batched=True, batch_size=100)
+    batched = table.map(lambda b: {"n": np.array([len(t or "") for t in b["t"]], "i2")}, batched=True, batch_size=100)
     assert batched["n"].to_pylist() == [len(r["t"] or "") for r in rows] and batched["n"].type == "int16"
     flat = table.map(lambda b: {"item": [x for row in b["l"] for x in row or []]}, batched=True, batch_size=64,
                      remove_columns=table.column_names, workers=2)
@@ -855,7 +876,8 @@ def test_arrowlite_jsonl_goes_in_and_out_unchanged(tmp_path):
             {"t": "", "i": -(2**63), "f": float("nan"), "l": [], "o": {"k": None}, "n": None},
             {"t": None, "i": None, "f": float("-inf"), "l": None, "o": None, "n": None}]
     path, out = tmp_path / "x.jsonl", tmp_path / "y.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(json.dumps(r).encode() for r in rows[:2]) + b"\r\n\n" + json.dumps(rows[2]).encode())
+    lines = [json.dumps(row).encode() for row in rows]
+    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\n" + lines[1] + b"\r\n\n" + lines[2])
     table = al.Table.from_jsonl(path)
     assert repr(table.to_pylist()) == repr(rows)
     table.to_jsonl(out)
@@ -863,13 +885,17 @@ def test_arrowlite_jsonl_goes_in_and_out_unchanged(tmp_path):
     assert repr(al.Table.from_jsonl(out).to_pylist()) == repr(rows)
     (tmp_path / "big.jsonl").write_text('{"u": 18446744073709551615}\n{"u": 0}')
     assert al.Table.from_jsonl(tmp_path / "big.jsonl").to_pylist() == [{"u": 2**64 - 1}, {"u": 0}]
-    assert al.Table.from_jsonl(tmp_path / "big.jsonl", {"u": "float64"})["u"].type == "float64" if False else True
+    with pytest.raises(ValueError, match="line 1: .*18446744073709551615"):
+        al.Table.from_jsonl(tmp_path / "big.jsonl", {"u": "int64"})
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    assert al.Table.from_jsonl(empty).to_pylist() == [] and al.Table.from_jsonl(empty, {"a": "int8"}).column_names == ["a"]
+    assert al.Table.from_jsonl(empty).to_pylist() == []
+    assert al.Table.from_jsonl(empty, {"a": "int8"}).column_names == ["a"]
     bad = {b'{"a": 1}\n{"a": oops}\n': "line 2: not JSON", b'{"a": 1}\n\n[1]\n': "line 3: .* must be an object",
-           b'{"a": 1}\n{"a": "x"}\n': "line 2: .*column 'a'", b'{"a": 1}\n{"a": 18446744073709551616}\n': "line 2: .*64 bits",
-           b'{"a": {"b": [1]}}\n{"a": {"b": [{}]}}\n': "line 2: ", b'{"a": "\\ud800"}\n': "line 1: ", b'{"a": "\xff"}\n': "line 1: ",
+           b'{"a": 1}\n{"a": "x"}\n': "line 2: .*column 'a'",
+           b'{"a": 1}\n{"a": 18446744073709551616}\n': "line 2: .*64 bits",
+           b'{"a": {"b": [1]}}\n{"a": {"b": [{}]}}\n': "line 2: ",
+           b'{"a": "\\ud800"}\n': "line 1: ", b'{"a": "\xff"}\n': "line 1: ",
            b"[" * 100_000: "line 1: not JSON"}
     for data, message in bad.items():
         path.write_bytes(data)
@@ -994,7 +1020,8 @@ def test_arrowlite_tables_pickle_by_their_buffers(tmp_path):
 
 def test_arrowlite_command_line(tmp_path):
     def run(*args):
-        done = subprocess.run([sys.executable, str(HERE / "arrowlite.py"), *map(str, args)], capture_output=True, text=True)
+        command = [sys.executable, str(HERE / "arrowlite.py"), *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
     theirs = save(every_type(), tmp_path / "t.arrow")
     code, out, _ = run("schema", theirs, save(every_type(), tmp_path / "s.arrows", stream=True))
@@ -1008,7 +1035,8 @@ def test_arrowlite_command_line(tmp_path):
         assert load(tmp_path / target).to_pylist() == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
     assert run("convert", tmp_path / "x.arrows", tmp_path / "y.jsonl")[0] == 0
     assert [json.loads(line) for line in open(tmp_path / "y.jsonl")] == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
-    for args in (("schema", tmp_path / "none"), ("head", source), ("convert", tmp_path / "none.jsonl", tmp_path / "z.arrow")):
+    for args in (("schema", tmp_path / "none"), ("head", source),
+                 ("convert", tmp_path / "none.jsonl", tmp_path / "z.arrow")):
         code, out, error = run(*args)
         assert code == 1 and error.startswith("error: ") and len(error.splitlines()) == 1
     assert run("frobnicate")[0] == 2
@@ -1023,7 +1051,8 @@ def test_arrowlite_demo_runs():
 # --- the house -------------------------------------------------------------------------------------------------------
 
 def test_run_sh_names_its_stages_and_what_fails():
-    run = lambda *args: subprocess.run(["bash", str(HERE / "run.sh"), *args], capture_output=True, text=True)  # noqa: E731
+    def run(*args):
+        return subprocess.run(["bash", str(HERE / "run.sh"), *args], capture_output=True, text=True)
     assert run("help").returncode == 0 and "arrowlite" in run("help").stdout
     unknown = run("frobnicate")
     assert unknown.returncode == 2 and "no stage 'frobnicate'" in unknown.stderr
