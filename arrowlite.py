@@ -28,8 +28,8 @@ format (stream=True: datasets) is the same without the footer. `read` takes eith
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, os, re, struct, sys
-import tempfile, time, uuid, warnings, zoneinfo
+import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, os, re, struct
+import sys, tempfile, time, timeit, uuid, warnings, zoneinfo
 import datetime as dt
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
@@ -41,8 +41,8 @@ import numpy as np
 
 # --- types: one table drives everything ------------------------------------------------------------------------------
 
-# name: (letters in the C interface, member of the Type union in a file's metadata and the numbers it has there, dtype of
-# the first buffer, layout: what the layouts are, says Array)
+# name: (letters in the C interface, member of the Type union in a file's metadata, the numbers it has there,
+#        dtype of the first buffer, layout). What the layouts are, says Array.
 _TYPES = {
     "null": ("n", 1, (), None, "null"), "bool": ("b", 6, (), "?", "fixed"),
     "int8": ("c", 2, (8, 1), "i1", "fixed"), "uint8": ("C", 2, (8, 0), "u1", "fixed"),
@@ -166,7 +166,8 @@ def _parse_type(text: str) -> Type:
             or name == "fixed_size_binary" and first == "0" or index and index.dtype.kind not in "iu"):
         raise ValueError(f"{text!r} is not a complete type; write for example list<int32>, struct<a: int64, b: utf8>, "
                          "fixed_size_list<float32>[4], dictionary<int32, utf8>, timestamp[us, UTC]")
-    return Type(name, tuple(inner), int(first) if "size" in numbers else 0, *(first, tz) if "unit" in numbers else ("", ""), index)
+    unit, tz = (first, tz) if "unit" in numbers else ("", "")
+    return Type(name, tuple(inner), int(first) if "size" in numbers else 0, unit, tz, index)
 
 def _split(text: str) -> list[str]:
     """Split at the commas outside of brackets."""
@@ -180,9 +181,10 @@ def _type_of_dtype(dtype: np.dtype) -> Type:
     kind, unit = dtype.kind, np.datetime_data(dtype)[0] if dtype.kind in "mM" else ""
     if kind in "iuf" and dtype.itemsize <= 8:
         return Type({"i": "int", "u": "uint", "f": "float"}[kind] + str(8 * dtype.itemsize))
+    if (kind, unit) == ("M", "D"):
+        return Type("date32")
     if unit:
-        return Type("date32") if (kind, unit) == ("M", "D") else Type("timestamp" if kind == "M" else "duration", unit=(
-            unit if unit in _UNITS else "s"))
+        return Type("timestamp" if kind == "M" else "duration", unit=unit if unit in _UNITS else "s")
     if kind == "V" and dtype.itemsize and dtype.fields is None:
         return Type("fixed_size_binary", size=dtype.itemsize)
     if kind in "bUS":
@@ -237,9 +239,12 @@ class Array:
             data.flags.writeable = False
 
     def __len__(self) -> int: return self.length
-    def __repr__(self) -> str: return f"{self.type} {self[:10].to_pylist()}{' ...' * (len(self) > 10)} {len(self):,} rows"
+    def __repr__(self) -> str: return f"{self.type}, {len(self):,} rows: {self[:9].to_pylist()}" + "..." * (self.length > 9)
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
     def __arrow_c_stream__(self, requested_schema=None): return _export(Field("", self.type), [self])
+    def __reduce__(self):
+        values = self.values if self.type.name == "dictionary" else None
+        return _revive, (self.type, self.length, self.null_count, *_dismantle(self), values)
     def combine(self) -> Array: return self
     def present(self) -> np.ndarray: return np.ones(self.length, bool) if self.valid is None else np.asarray(self.valid)
 
@@ -271,7 +276,8 @@ class Array:
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where rows of a list or bytes array start in the child, and their lengths."""
         starts, stops = self.data[rows].astype(np.int64), self.data[rows + 1].astype(np.int64)
-        self._check(len(rows) == 0 or starts.min() >= 0 and stops.max() <= len(self.children[0]) and (starts <= stops).all())
+        size = len(self.children[0])
+        self._check(len(rows) == 0 or starts.min() >= 0 and stops.max() <= size and (starts <= stops).all())
         return starts, stops - starts
 
     def used(self) -> tuple[np.ndarray, Array]:
@@ -317,7 +323,7 @@ class Array:
         return own + sum(child.nbytes for child in children)
 
     def at(self, i: int):
-        """One row as a Python value. What training reads row by row has a short way; the rest goes through to_pylist."""
+        """One row as a Python value. What training reads row by row has a short way, the rest that of to_pylist."""
         layout = self.type.layout
         if self.valid is not None and not self.valid.item(i):
             return None
@@ -325,8 +331,9 @@ class Array:
             return self.data.item(i)
         if layout == "struct":
             return {f.name: child.at(i) for f, child in zip(self.type.fields, self.children)}
-        if layout in ("bytes", "list") and self.children[0].type.plain and isinstance(self.children[0].data, np.ndarray):
-            start, stop, child = self.data.item(i), self.data.item(i + 1), self.children[0]
+        child = (self.children or (None,))[0]
+        if layout in ("bytes", "list") and child.type.plain and isinstance(child.data, np.ndarray):
+            start, stop = self.data.item(i), self.data.item(i + 1)
             self._check(0 <= start <= stop <= len(child))
             if layout == "bytes":
                 data = child.data[start:stop].tobytes()
@@ -393,13 +400,14 @@ class Array:
         return out
 
     def to_torch(self):
-        """A tensor over the same memory, or a list of tensors for a list column. The pages of a mapped file are private:
-        writing to a tensor neither changes the file nor crashes."""
+        """A tensor over the same memory, or a list of tensors for a list column. The pages of a mapped file are
+        private: writing to a tensor neither changes the file nor crashes."""
         import torch
         values = self.to_numpy()
-        ragged = values.dtype == object and self.type.layout == "list" and all(isinstance(v, np.ndarray) for v in values)
+        ragged = self.type.layout == "list" and all(isinstance(v, np.ndarray) for v in values)
         if not ragged and values.dtype.kind not in "biuf":
-            raise ValueError(f"torch has no tensor for {self.type}{' with nulls' * bool(self.null_count)}; use to_numpy()")
+            nulls = " with nulls" * bool(self.null_count)
+            raise ValueError(f"torch has no tensor for {self.type}{nulls}; use to_numpy() or to_pylist()")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not writable.*")
             return [torch.from_numpy(v) for v in values] if ragged else torch.from_numpy(values)
@@ -433,7 +441,7 @@ def _offsets_of(lengths: np.ndarray, kind: Type) -> np.ndarray:
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
     if offsets[-1] > np.iinfo(kind.dtype).max:
-        raise ValueError(f"{offsets[-1]:,} bytes or items are too many for one {kind.name} array; use large_{kind.name}")
+        raise ValueError(f"{offsets[-1]:,} bytes or items are too many for a {kind.name} array; use large_{kind.name}")
     return offsets.astype(kind.dtype, copy=False)
 
 def _as_objects(values: np.ndarray) -> np.ndarray:
@@ -451,14 +459,18 @@ def _moments(kind: Type, values: np.ndarray) -> list:
         return list(values)
     values = values.astype("M8[D]") if kind.name.startswith("date") else values
     out = [values[i] if isinstance(value, int) else value for i, value in enumerate(values.tolist())]
+    if not kind.tz:
+        return out
     try:
-        zone = kind.tz and (zoneinfo.ZoneInfo(kind.tz) if kind.tz[0] not in "+-" else dt.datetime.strptime(kind.tz, "%z").tzinfo)
+        fixed = kind.tz[0] in "+-"
+        zone = dt.datetime.strptime(kind.tz, "%z").tzinfo if fixed else zoneinfo.ZoneInfo(kind.tz)
     except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
         zone = dt.timezone.utc              # a zone that this machine does not know: the instant is exact all the same
+
     def show(utc: dt.datetime) -> dt.datetime:      # astimezone overflows within a day of datetime's ends
         utc = utc.replace(tzinfo=dt.timezone.utc)
         return utc.astimezone(zone) if 1 < utc.year < 9999 else utc
-    return [show(value) if isinstance(value, dt.datetime) else value for value in out] if zone else out
+    return [show(value) if isinstance(value, dt.datetime) else value for value in out]
 
 # --- from Python values to arrays ------------------------------------------------------------------------------------
 
@@ -480,12 +492,15 @@ _FAMILIES = {"bool": (bool, np.bool_), "int": (int, np.integer), "float": (float
 def _build(values: list) -> Array:
     """Python values as an array of the type that is natural for them; any other type is a cast away."""
     kinds, n = set(map(type, values)) - {NoneType}, len(values)
-    families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__) for kind in kinds}
+    families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__)
+                for kind in kinds}
     family = "float" if families == {"int", "float"} else " and ".join(sorted(families))
     if not family:
         return Array(Type("null"), n)
     if family not in _FAMILIES:
         raise ValueError(f"a column cannot hold {family} values; convert them first")
+    if family in ("timestamp", "duration") and any(v != v for v in values):             # NaT: numpy's null
+        return _build([v if v == v else None for v in values])
     present = np.fromiter((v is not None for v in values), bool, n)
     where, valid = (slice(None), None) if present.all() else (present, present)
     some = values if valid is None else [v for v in values if v is not None]
@@ -494,12 +509,13 @@ def _build(values: list) -> Array:
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"the names of a struct must be text: {list(names)[:5]}")
         members = {name: _build([v and v.get(name) for v in values]) for name in names}
-        return Array(Type("struct", tuple(Field(k, a.type) for k, a in members.items())), n, None, members.values(), valid)
+        kind = Type("struct", tuple(Field(name, member.type) for name, member in members.items()))
+        return Array(kind, n, None, members.values(), valid)
     if family in ("list", "utf8", "binary"):
         if family != "list":
             some = [v.encode() for v in some] if family == "utf8" else some
             child = _from_numpy(np.frombuffer(b"".join(some), np.uint8))
-        elif all(isinstance(v, np.ndarray) for v in some):
+        elif all(isinstance(v, np.ndarray) for v in some) and len({v.dtype for v in some}) == 1:
             child = _from_numpy(np.concatenate(some))
         else:
             child = _build(list(itertools.chain.from_iterable(some)))
@@ -519,27 +535,39 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
         if "" in zones and len(zones) > 1:
             raise ValueError("some times of a column have a time zone and others have none; decide on one")
         values = [v.astimezone(dt.timezone.utc).replace(tzinfo=None) for v in values] if zones != {""} else values
-        kind, dense = _from_moments(np.array(values, "m8" if family == "duration" else "M8"))
+        dense = np.array(values, "m8" if family == "duration" else "M8")
+        if any(isinstance(v, np.generic) and v != exact for v, exact in zip(values, dense)):
+            raise ValueError(f"the times {values[0]} and others do not fit in one unit")
+        kind, dense = _from_moments(dense)
         return replace(kind, tz=zones.pop() if len(zones) == 1 else "UTC"), dense
     if family == "int" and not any(isinstance(v, np.integer) for v in values):
         low, high = min(values), max(values)
         if low < -(2**63) or high >= (2**64 if low >= 0 else 2**63):
             raise ValueError(f"the integers from {low} to {high} do not fit in 64 bits; store them as text")
-        return (Type("int64"), np.array(values, np.int64)) if high < 2**63 else (Type("uint64"), np.array(values, np.uint64))
+        kind = Type("int64" if high < 2**63 else "uint64")
+        return kind, np.array(values, kind.dtype)
     dense = np.array(values)
-    if dense.dtype.kind == "f" and any(isinstance(v, int) and abs(v) > 2**53 for v in values):
+    if family == "int" and dense.dtype.kind == "f":         # numpy's answer to a uint64 beside an int64
+        return _scalars(family, [int(v) for v in values])
+    if dense.dtype.kind == "f" and any(isinstance(v, (int, np.integer)) and abs(int(v)) > 2**53 for v in values):
         raise ValueError("a column of floats has an integer beyond 2**53, which no float holds exactly")
     return _type_of_dtype(dense.dtype), dense
 
 def _zone_name(value) -> str:
     zone = getattr(value, "tzinfo", None)
-    offset = f"{value:%z}" if zone else ""
-    return getattr(zone, "key", None) or ("UTC" if zone == dt.timezone.utc else offset[:3] + ":" * bool(offset) + offset[3:5])
+    if zone is None or zone == dt.timezone.utc:
+        return "UTC" if zone else ""
+    return getattr(zone, "key", None) or f"{value:%z}"[:3] + ":" + f"{value:%z}"[3:5]
 
 def _from_moments(a: np.ndarray) -> tuple[Type, np.ndarray]:
     """numpy has units from years to attoseconds, Arrow days (as 32-bit numbers) and seconds to nanoseconds."""
     kind = _type_of_dtype(a.dtype)
-    return kind, a.astype("M8[D]" if kind == "date32" else kind.dtype, copy=False).astype(kind.dtype, copy=False)
+    out = a.astype("M8[D]" if kind == "date32" else kind.dtype, copy=False)
+    dense = out.astype(kind.dtype, copy=False)
+    there = ~np.isnat(a)
+    if (out.astype(a.dtype) != a)[there].any() or kind == "date32" and (dense.astype("M8[D]") != out)[there].any():
+        raise ValueError(f"a time of {a.dtype} does not fit in {kind}")
+    return kind, dense
 
 def _from_numpy(a: np.ndarray) -> Array:
     """A view where numpy and Arrow agree. A further axis becomes a fixed_size_list, NaT becomes null."""
@@ -572,8 +600,9 @@ def unify(a: Type, b: Type) -> Type:
     elif layouts == {"bytes"} and a.family == b.family:
         return Type(f"large_{a.family}")
     elif layouts <= {"list", "fixed_list"}:
-        same, large = (a.name, a.size) == (b.name, b.size), "large_list" in (a.name, b.name)
-        return _list_of(unify(a.item, b.item), a.name if same else "large_list" if large else "list", a.size if same else 0)
+        if (a.name, a.size) == (b.name, b.size):
+            return _list_of(unify(a.item, b.item), a.name, a.size)
+        return _list_of(unify(a.item, b.item), "large_list" if "large_list" in (a.name, b.name) else "list")
     elif layouts == {"struct"}:
         members = {f.name: f for f in a.fields}
         for f in b.fields:
@@ -610,8 +639,9 @@ def _cast(a: Array, to: Type) -> Array:
         return _cast(Array(plain.type, len(a), plain.data, plain.children, present & plain.present()), to)
     if to.name == "dictionary":
         items, code_of = _cast(a, to.item), {}
-        codes = np.array([code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())], np.int64)
-        data, children = _exact(codes, Type("int64"), to.index, True), [items.pick(np.unique(codes, return_index=True)[1])]
+        codes = [code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())]
+        firsts = np.unique(np.array(codes, np.int64), return_index=True)[1]
+        data, children = _exact(np.array(codes, np.int64), Type("int64"), to.index, True), [items.pick(firsts)]
     elif layouts == ("fixed", "fixed"):
         data = _exact(np.asarray(a.data), source, to, present)
     elif layouts == ("list", "list") or layouts == ("bytes", "bytes") and source.family == to.family or (
@@ -639,14 +669,16 @@ def _cast(a: Array, to: Type) -> Array:
 def _exact(values: np.ndarray, source: Type, to: Type, present) -> np.ndarray:
     """Numbers and times as another dtype; only floats may be rounded, to other floats."""
     values = values.astype("M8[D]") if source.name == "date32" else values
-    dtype = np.dtype("M8[D]") if to.name == "date32" else to.dtype
+    dtype = np.dtype("M8[D]") if to.name.startswith("date") else to.dtype
     kinds = values.dtype.kind + dtype.kind
     if kinds not in ("MM", "mm", "iM", "im") and not set(kinds) <= set("iuf"):
         raise ValueError(f"{source} cannot become {to}")
     with np.errstate(all="ignore"):
         out = values.astype(dtype)
-        changed = (out.astype(values.dtype) != values) & present
-    if changed.any() and kinds != "ff":
+        changed = out.astype(values.dtype) != values
+        changed &= np.isinf(out) if kinds == "ff" else True         # rounded is fine, lost is not
+        changed |= ((values < 0) != (out < 0)) if kinds in ("iu", "ui") else False      # -1 there and back is -1 again
+    if (changed := changed & present).any():
         raise ValueError(f"{values[changed][0]} is no {to}")
     return out.astype(to.dtype)
 
@@ -696,12 +728,12 @@ class Column:
     def __repr__(self) -> str: return repr(self[:10].combine())
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
     def __arrow_c_stream__(self, requested_schema=None): return _export(self.schema, self.batches())
-    def __reduce__(self): return type(self), (self.schema, [_compact(a) for a in self.batches()])
+    def __reduce__(self): return type(self), (self.schema, list(self.batches()))
 
     def __getattr__(self, name: str):
         """What else there is to read (to_numpy, to_torch, values, ...) is read from the rows as one array."""
-        if name.startswith("_"):
-            raise AttributeError(name)
+        if name.startswith("_") or not hasattr(Array, name):
+            raise AttributeError(f"a {type(self).__name__} has no {name!r}")
         return getattr(self.combine(), name)
 
     def __getitem__(self, i):
@@ -720,8 +752,9 @@ class Column:
         if isinstance(self.rows, range):
             a, b = self.rows.start, self.rows.stop
             chunks = range(bisect_right(self.starts, a) - 1, bisect_right(self.starts, b - 1)) if a < b else ()
-            spans = [(k, slice(max(a - self.starts[k], 0), min(b, self.starts[k + 1]) - self.starts[k])) for k in chunks]
-            return [self.chunks[k].pick(span) for k, span in spans if span.start < span.stop], None
+            spans = {k: slice(max(a, self.starts[k]) - self.starts[k], min(b, self.starts[k + 1]) - self.starts[k])
+                     for k in chunks}
+            return [self.chunks[k].pick(span) for k, span in spans.items() if span.start < span.stop], None
         owner = np.searchsorted(self.starts, self.rows, "right") - 1
         sort = np.argsort(owner, kind="stable")
         rows, owner = self.rows[sort], owner[sort]
@@ -747,18 +780,21 @@ class Column:
             return sum(a.nbytes for a in self.pieces()[0])
         return sum(a.nbytes for a in self.chunks) * len(self) // max(1, self.starts[-1])    # their share: none is read
 
-    def batches(self, max_bytes: int = 64 << 20) -> list[Array] | Lazy:
+    def batches(self) -> list[Array] | Lazy:
         """The rows as arrays: as the chunks lie, or gathered a stretch at a time after a shuffle."""
         if isinstance(self.rows, range):
             return self.pieces()[0]
-        step = max(1, max_bytes * len(self) // (self.nbytes + 1))
+        step = max(1, (64 << 20) * len(self) // (self.nbytes + 1))
         return Lazy(-(-len(self) // step), lambda k: self[k * step : (k + 1) * step].combine())
 
     def cast(self, kind) -> Column:
         """The same values as another type; a ValueError if one would change."""
         kind = as_type(kind)
-        chunks = Lazy(len(self.chunks), lambda k: _cast(self.chunks[k], kind))
-        return type(self)(replace(self.schema, type=kind), chunks, self.lengths, self.rows)
+        return self._over(type(self), replace(self.schema, type=kind), lambda a: _cast(a, kind))
+
+    def _over(self, form: type, schema: Field, change) -> Column:
+        """The same rows of other chunks: what `change` makes of each of these when it is first touched."""
+        return form(schema, Lazy(len(self.chunks), lambda k: change(self.chunks[k])), self.lengths, self.rows)
 
     def slice(self, offset: int = 0, length: int | None = None) -> Column:
         if offset < 0 or (length or 0) < 0:
@@ -828,7 +864,15 @@ class Table(Column):
     @classmethod
     def from_pylist(cls, rows: list[dict], schema=None) -> Table:
         """A name that a row lacks is null there."""
-        names = Schema(schema).names if schema is not None else dict.fromkeys(itertools.chain.from_iterable(rows))
+        for i, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise ValueError(f"row {i} is a {type(row).__name__}; rows must be dicts")
+        found = dict.fromkeys(itertools.chain.from_iterable(rows))
+        names = found if schema is None else Schema(schema).names
+        if extra := [name for name in found if name not in names]:
+            raise ValueError(f"column {extra[0]!r} is not in the schema: {', '.join(names)}")
+        if not names:
+            return cls(Schema([]), [Array(Type("struct"), len(rows))])
         return cls.from_pydict({name: [row.get(name) for row in rows] for name in names}, schema)
 
     @classmethod
@@ -842,18 +886,23 @@ class Table(Column):
     @classmethod
     def from_jsonl(cls, path, schema=None) -> Table:
         """One JSON object a line. What goes beyond 64 MB is kept in a temporary file, not in memory."""
-        spool, n = _Spool(), 0
-        with open(path, "rb") as file:
-            while lines := file.readlines(8 << 20):
-                rows = {n + i: _json_row(line, f"{path}, line {n + i}") for i, line in enumerate(lines, 1) if line.strip()}
-                n += len(lines)
-                try:
-                    spool.add(cls.from_pylist(list(rows.values()), schema))
-                except ValueError:                                  # once more, row by row, to say which it was
-                    for i, row in rows.items():
-                        with _naming(f"{path}, line {i}: "):
-                            spool.add(cls.from_pylist([row], schema))
-        return spool.table(schema)
+        def parts():
+            kind, n = Type("struct"), 0
+            with open(path, "rb") as file:
+                while lines := file.readlines(8 << 20):
+                    numbered = ((i, line) for i, line in enumerate(lines, n + 1) if line.strip())
+                    rows = {i: _json_row(line, f"{path}, line {i}") for i, line in numbered}
+                    n += len(lines)
+                    try:
+                        part = cls.from_pylist(list(rows.values()), schema)
+                        kind = unify(kind, part.type)
+                    except ValueError:                              # once more, row by row, to say which it was
+                        for i, row in rows.items():
+                            with _naming(f"{path}, line {i}: "):
+                                kind = unify(kind, cls.from_pylist([row], schema).type)
+                        raise                                       # no row alone, but all together
+                    yield part
+        return _gathered(parts(), schema)
 
     def to_pydict(self) -> dict[str, list]: return {name: self[name].to_pylist() for name in self.schema.names}
     def to_jsonl(self, path) -> None:
@@ -866,30 +915,28 @@ class Table(Column):
         if not isinstance(key, str):
             return super().__getitem__(key)
         k = self.schema.position(key)
-        return Column(self.schema.field(key), Lazy(len(self.chunks), lambda i: self.chunks[i].children[k]), self.lengths, self.rows)
+        return self._over(Column, self.schema.field(key), lambda a: a.children[k])
 
-    def _members(self, fields: list[Field], places: list[int]) -> Table:
+    def _members(self, names: dict[str, str]) -> Table:
+        """The columns of these names, {here: in the new table}."""
+        places = [self.schema.position(name) for name in names]
+        fields = [replace(self.schema.type.fields[place], name=new) for place, new in zip(places, names.values())]
         schema = Schema(fields, self.schema.metadata)
-        def chunk(i: int) -> Array:
-            a = self.chunks[i]
-            return Array(schema.type, len(a), None, [a.children[place] for place in places])
-        return Table(schema, Lazy(len(self.chunks), chunk), self.lengths, self.rows)
+        return self._over(Table, schema, lambda a: Array(schema.type, len(a), None, [a.children[p] for p in places]))
 
     def select_columns(self, names: list[str]) -> Table:
-        places = [self.schema.position(name) for name in ([names] if isinstance(names, str) else names)]
-        return self._members([self.schema.type.fields[place] for place in places], places)
+        return self._members({name: name for name in ([names] if isinstance(names, str) else names)})
 
     def drop(self, names: list[str]) -> Table:
-        gone = {self.schema.position(name) for name in ([names] if isinstance(names, str) else names)}
-        return self.select_columns([name for i, name in enumerate(self.schema.names) if i not in gone])
+        gone = self.select_columns(names).schema.names
+        return self.select_columns([name for name in self.schema.names if name not in gone])
 
     def rename(self, names: dict[str, str]) -> Table:
-        for name in names:
-            self.schema.position(name)
-        return self._members([replace(f, name=names.get(f.name, f.name)) for f in self.schema], list(range(len(self.schema))))
+        self.select_columns(names)                      # which names those that are not there
+        return self._members({name: names.get(name, name) for name in self.schema.names})
 
     def with_column(self, name: str, values, type=None) -> Table:
-        """Add or replace a column. The rows of a shuffled table are gathered, since the new values are in their order."""
+        """Add or replace a column. The rows of a shuffled table are gathered: the new values are in their order."""
         new, old = array(values, type), list(self.batches())
         if len(new) != self.num_rows and self.schema.names:
             raise ValueError(f"column {name!r} has {len(new):,} rows, the table {self.num_rows:,}")
@@ -905,21 +952,20 @@ class Table(Column):
         """Merge what fn returns for a row, {column: value}, into the row. With batched=True fn takes and returns
         {column: list}, and may change the number of rows if remove_columns names all that it leaves. workers: processes
         (forked, so fn may be any function)."""
-        global _job
-        _job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
-        starts, spool = range(0, len(self), batch_size), _Spool()
+        job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
+        if batch_size < 1 or workers < 0:
+            raise ValueError(f"map: batch_size={batch_size} must be at least 1 and workers={workers} at least 0")
+        starts = range(0, len(self), batch_size)
         with contextlib.ExitStack() as stack:
-            results = map(_job, starts)
+            results = map(job, starts)
             if workers:
-                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"))
+                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _set_job, (job,))
                 stack.callback(pool.shutdown, cancel_futures=True)
                 results = pool.map(_work, starts)
-            for part in _progress(results, len(starts)):
-                spool.add(part)
-        return spool.table(None if starts else self.drop(list(remove_columns)).schema)
+            return _gathered(_progress(results, len(starts)), self.drop(list(remove_columns)).schema)
 
-_job = None                             # what a worker process does: it is forked with this set
-def _work(start: int) -> Table: return _job(start)
+def _set_job(job) -> None: _work.job = job      # runs once in each worker, which inherits the job: it is never pickled
+def _work(start: int) -> Table: return _work.job(start)
 
 def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], start: int) -> Table:
     part = table[start : start + size]
@@ -927,10 +973,11 @@ def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], st
     results = [fn(dict(row)) for row in rows]
     for i, result in enumerate(results):
         if not isinstance(result, (dict, NoneType)):
-            raise ValueError(f"map: row {start + i}: the function returned {type(result).__name__}; return a dict or None")
+            raise ValueError(f"map: row {start + i}: the function returned {type(result).__name__}; return a dict")
     results = [result or {} for result in results]
     names = dict.fromkeys(itertools.chain.from_iterable(results))
-    new = results[0] if batched else {n: [r[n] if n in r else row.get(n) for r, row in zip(results, rows)] for n in names}
+    new = results[0] if batched else {name: [result[name] if name in result else row.get(name)
+                                             for result, row in zip(results, rows)] for name in names}
     kept = {f.name: f for f in part.schema if f.name not in removed and f.name not in new}
     arrays = {name: part[name].combine() for name in kept}
     for name, values in new.items():
@@ -966,28 +1013,26 @@ def concat(tables: list[Table]) -> Table:
     whole = all(isinstance(t.rows, range) and len(t) == t.starts[-1] for t in parts)
     firsts = itertools.accumulate((t.starts[-1] for t in parts), initial=0)
     rows = None if whole else np.concatenate([np.asarray(t.rows, np.int64) + first for t, first in zip(parts, firsts)])
-    return Table(parts[0].schema, Lazy(len(chunks), lambda i: chunks[i][0][chunks[i][1]]), sum((t.lengths for t in parts), []), rows)
+    joined = Lazy(len(chunks), lambda i: chunks[i][0][chunks[i][1]])
+    return Table(parts[0].schema, joined, list(itertools.chain.from_iterable(t.lengths for t in parts)), rows)
 
 _SPOOL_BYTES = 64 << 20
 
-class _Spool:
-    """Tables that come one by one and become one: beyond 64 MB in temporary files that are mapped, not in memory."""
-    def __init__(self): self.kind, self.recent, self.files, self.bytes = Type("struct"), [], [], 0
-
-    def add(self, table: Table) -> None:
-        self.kind = unify(self.kind, table.type)        # now, while the caller can say which row does not fit
-        self.recent.append(table)
-        self.bytes += table.nbytes
-        if self.bytes > _SPOOL_BYTES:
+def _gathered(tables, schema=None) -> Table:
+    """Tables that come one by one, as one: beyond 64 MB they wait in temporary files that are mapped, not in memory."""
+    done, recent, size = [], [], 0
+    for table in tables:
+        recent.append(table)
+        size += table.nbytes
+        if size > _SPOOL_BYTES:
             with tempfile.TemporaryFile() as file:
-                write(concat(self.recent), file, stream=True)
-                self.files.append(read(file))
-            self.recent, self.bytes = [], 0
-
-    def table(self, schema=None) -> Table:
-        recent = [concat(self.recent)] if self.recent else []
-        tables = self.files + [Table(t.schema, [t.combine()]) for t in recent]
-        return concat(tables) if tables else Table(Schema(schema or []), [])
+                write(concat(recent), file, stream=True)
+                done.append(read(file))
+            recent, size = [], 0
+    if recent:
+        rest = concat(recent)
+        done.append(Table(rest.schema, [rest.combine()]))
+    return concat(done) if done else Table(Schema(schema or []), [])
 
 def _json_row(line: bytes, where: str) -> dict:
     try:
@@ -1006,8 +1051,8 @@ def _json_value(value) -> str:
 # --- flatbuffers: the metadata of a file -----------------------------------------------------------------------------
 
 def _flat(root: dict) -> bytes:
-    """A flatbuffer. A table is {slot: value}; a value is a (format, number), a table, bytes (a string), a list of tables,
-    or a numpy array (a vector of structs). Every value gets 8 bytes, so that everything is aligned."""
+    """A flatbuffer. A table is {slot: value}; a value is a (format, number), a table, bytes (a string), a list of
+    tables, or a numpy array (a vector of structs). Every value gets 8 bytes, so that everything is aligned."""
     out = bytearray(8)
     struct.pack_into("<I", out, 0, _flat_node(out, root))
     return bytes(out)
@@ -1033,8 +1078,8 @@ def _flat_node(out: bytearray, node) -> int:
         out += vtable.ljust(at - len(out), b"\0") + struct.pack("<i4x", at - len(out)) + bytes(8 * len(places))
         children, slots = [node[slot] for slot in places], [at + place for place in places.values()]
     for slot, child in zip(slots, children):
-        is_number = isinstance(child, tuple)
-        struct.pack_into(*("<" + child[0], out, slot, child[1]) if is_number else ("<I", out, slot, _flat_node(out, child) - slot))
+        code, number = child if isinstance(child, tuple) else ("I", _flat_node(out, child) - slot)
+        struct.pack_into("<" + code, out, slot, number)
     return at
 
 class _Flat:
@@ -1071,7 +1116,10 @@ class _Flat:
         return _Flat(self.buffer, at + struct.unpack_from("<I", self.buffer, at)[0]) if at else None
 
     def text(self, slot: int) -> bytes: return b"".join(self.vector(slot, "s")[1])
-    def longs(self, slot: int, width: int) -> list[tuple]: return list(zip(*[iter(self.vector(slot, "q", width)[1])] * width))
+    def longs(self, slot: int, width: int) -> list[tuple]:
+        numbers = iter(self.vector(slot, "q", width)[1])
+        return list(zip(*[numbers] * width))
+
     def tables(self, slot: int) -> list[_Flat]:
         at, offsets = self.vector(slot, "I")
         return [_Flat(self.buffer, at + 4 * i + offset) for i, offset in enumerate(offsets)]
@@ -1099,7 +1147,7 @@ def _schema_node(schema: Field) -> dict:
     ids = itertools.count()
     return {1: [_field_node(f, ids) for f in schema], 2: _pairs_node(schema.metadata)}
 
-def _pairs_node(metadata: dict[bytes, bytes]) -> list | None: return [{0: k, 1: v} for k, v in metadata.items()] or None
+def _pairs_node(pairs: dict[bytes, bytes]) -> list | None: return [{0: k, 1: v} for k, v in pairs.items()] or None
 def _pairs(node: _Flat, slot: int) -> dict[bytes, bytes]: return {n.text(0): n.text(1) for n in node.tables(slot)}
 
 def _read_schema(node: _Flat) -> tuple[Field, dict[int, Type]]:
@@ -1123,15 +1171,18 @@ def _read_field(node: _Flat, ids: dict, budget, depth: int = 0) -> Field:
 
 def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
     numbers = [node.number(i, code, *_DEFAULTS.get(member, ())) for i, code in enumerate(_FORMATS.get(member, ""))]
-    name = _NAMES.get((member, *numbers)) or _NAMES.get((member,)) or _unsupported(column, _UNSUPPORTED.get(member, member))
+    name = _NAMES.get((member, *numbers)) or _NAMES.get((member,))
+    if name is None:
+        raise _unsupported(column, _UNSUPPORTED.get(member, member))
     known = dict(zip(_TYPES[name][2], numbers))
     size, unit, is_list = known.get("size", 0), known.get("unit"), _TYPES[name][4] in ("list", "fixed_list")
-    if size < (name == "fixed_size_binary") or is_list and len(children) != 1 or unit is not None and not 0 <= unit <= 3:
+    if size < (name == "fixed_size_binary") or is_list and len(children) != 1 or unit not in (None, 0, 1, 2, 3):
         raise ValueError(f"column {column!r} has an impossible type, {name}")
-    return Type(name, children, size, "" if unit is None else _UNITS[unit], node.text(1).decode() if name == "timestamp" else "")
+    tz = node.text(1).decode() if name == "timestamp" else ""
+    return Type(name, children, size, "" if unit is None else _UNITS[unit], tz)
 
-def _unsupported(column: str, kind) -> None:
-    raise ValueError(f"column {column!r} has the Arrow type {kind}, which is not supported here; cast it before writing")
+def _unsupported(column: str, kind) -> ValueError:
+    return ValueError(f"column {column!r} has the Arrow type {kind}, which is not supported; cast it before writing")
 
 # --- buffers to arrays and back: shared by files and the C interface -------------------------------------------------
 
@@ -1160,7 +1211,9 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
         if any(len(c) < rows for c in children):
             raise ValueError(f"a {kind} column has too few items")
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
-    return _from_views(kind, data, view_buffers(), valid) if layout == "view" else Array(_readable(kind), n, data, children, valid)
+    if layout == "view":
+        return _from_views(kind, data, view_buffers(), valid)
+    return Array(_readable(kind), n, data, children, valid)
 
 def _readable(kind: Type) -> Type:
     """The type as which a type is read: views, which point all over the place, become text in one piece."""
@@ -1179,7 +1232,8 @@ def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid)
             far & (position + lengths > sizes[np.clip(buffer, 0, len(sizes) - 1)])).any():
         raise ValueError(f"a {kind} column points outside of its data; the file is damaged")
     joined = np.concatenate([views.reshape(-1).view(np.uint8), *buffers])              # short ones stand in the views
-    starts = np.where(far, (4 * views.size + np.cumsum(sizes) - sizes)[buffer] + position, np.arange(len(views)) * 16 + 4)
+    bases = 4 * views.size + np.cumsum(sizes) - sizes
+    starts = np.where(far, bases[buffer] + position, np.arange(len(views)) * 16 + 4)
     text = Array(Type("uint8"), len(joined), joined).gather(starts, lengths)
     return Array(_readable(kind), len(views), _offsets_of(lengths, _readable(kind)), [text], valid)
 
@@ -1199,14 +1253,10 @@ def _dismantle(a: Array) -> tuple[list, list[Array]]:
             return ([valid, offsets], [child]) if layout == "list" else ([valid, offsets, child.data], [])
     return [valid], list(a.children)
 
-def _compact(a: Array) -> Array:
-    """The same rows without what else their buffers hold: what is worth sending to another process."""
-    buffers, children = _dismantle(a)
-    children = children or [Array(a.type.item, len(buffers[2]), buffers[2])] if a.type.layout == "bytes" else children
-    data = a.data if a.type.layout == "fixed" else buffers[1] if len(buffers) > 1 else None
-    valid = None if a.valid is None else np.asarray(a.valid)
-    children = [_compact(child) for child in (a.children if a.type.layout == "dictionary" else children)]
-    return Array(a.type, len(a), np.asarray(data) if a.type.name == "bool" else data, children, valid)
+def _revive(kind: Type, n: int, nulls: int, buffers: list, children: list, values: Array | None) -> Array:
+    """The array that _dismantle took apart: what a pickle does on arrival."""
+    buffers, children = iter(buffers), iter(children)
+    return _assemble(kind, n, nulls, lambda size: next(buffers), lambda kind: next(children), list, lambda kind: values)
 
 # --- files: messages, each a flatbuffer and a body of buffers --------------------------------------------------------
 
@@ -1219,7 +1269,7 @@ def _atomic(path):
     """A file that appears under its name whole and on disk, or not at all."""
     final = os.path.realpath(path)
     if os.path.isdir(final) or not os.path.isdir(os.path.dirname(final)):
-        raise FileNotFoundError(f"{path} cannot be a file: it is a directory, or is in none; make the directory first")
+        raise FileNotFoundError(f"{path} cannot be a file: it is a directory, or in none; make the directory first")
     temporary = f"{final}.{uuid.uuid4().hex}.tmp"
     file = open(temporary, "xb", buffering=1 << 20)
     try:
@@ -1246,7 +1296,8 @@ class Writer:
         self.schema, self.stream, self.known, self.at = Schema(schema), stream, {}, 0
         self.blocks = {_SCHEMA: [], _DICTIONARY: [], _BATCH: []}
         node, self._stack = _schema_node(self.schema), contextlib.ExitStack()
-        self.file = path if hasattr(path, "write") else self._stack.enter_context(_atomic(path))
+        self.durable = not hasattr(path, "write")               # a temporary file of our own is written as it is
+        self.file = self._stack.enter_context(_atomic(path)) if self.durable else path
         self._put(b"" if stream else b"ARROW1\0\0")
         self._message(_SCHEMA, node, [])
 
@@ -1264,7 +1315,7 @@ class Writer:
             self.file.flush()
 
     def write(self, rows: Table | list[dict] | dict[str, list]) -> None:
-        """Add a table, a list of rows or a dict of columns; small pieces of it are joined to batches of 16 MB or more."""
+        """Add a table, a list of rows or a dict of columns; its small pieces are joined to batches of 16 MB or more."""
         if not isinstance(rows, Table):
             rows = (Table.from_pydict if isinstance(rows, dict) else Table.from_pylist)(rows)
         pieces, batches = [], rows.cast(self.schema.type).batches()
@@ -1284,9 +1335,10 @@ class Writer:
         self._put(struct.pack("<ii", -1, len(metadata)) + metadata)
         for b in buffers:
             data = memoryview(b.view(np.uint8))
-            for start in range(0, len(data), 4 << 20):      # let the disk begin while we copy: fsync has 1.6x less to do
+            for start in range(0, len(data), 4 << 20):      # let the disk begin while we copy: 1.6x faster with fsync
                 self._put(data[start : start + (4 << 20)])
-                _sync_file_range(self.file.fileno(), self.at - (4 << 20), 4 << 20, 2)
+                if self.durable:
+                    _sync_file_range(self.file.fileno(), self.at - (4 << 20), 4 << 20, 2)
             self._put(_padding(b.nbytes))
 
     def _record_batch(self, a: Array) -> tuple[dict, list[np.ndarray]]:
@@ -1325,7 +1377,7 @@ def write(table: Table, path, stream: bool = False) -> None:
         writer.write(table)
 
 def read(path) -> Table:
-    """Map a file of either framing. Only its metadata is read; batches are decoded, not copied, when they are touched."""
+    """Map a file of either framing. Only its metadata is read; batches are decoded, not copied, when touched."""
     with contextlib.nullcontext(path) if hasattr(path, "fileno") else open(path, "rb") as file, _damage_is_named(path):
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
         head, tail, footer, dictionaries = os.pread(fd, 6, 0), os.pread(fd, 10, max(0, size - 10)), None, {}
@@ -1348,7 +1400,7 @@ def read(path) -> Table:
             elif kind == _DICTIONARY and schema:
                 id_, delta = header.number(0, "q"), header.number(2, "B")
                 new = _decode(Schema([("", values[id_])]).type, header.table(1), body, dictionaries).children[0]
-                dictionaries = dictionaries if footer else dict(dictionaries)   # in a stream, earlier batches keep the old
+                dictionaries = dictionaries if footer else dict(dictionaries)   # a stream's earlier batches keep theirs
                 dictionaries[id_] = _concat(new.type, [dictionaries[id_], new]) if delta else new
             elif kind == _BATCH and schema and 0 <= header.number(0, "q") <= max(_MAX_BODILESS, length << 20):
                 batches.append((header, body, dictionaries))
@@ -1368,12 +1420,13 @@ def _damage_is_named(path):
     try:
         yield
     except (ValueError, struct.error, KeyError, IndexError, AttributeError, StopIteration, OverflowError) as error:
-        raise ValueError(f"{path} is not an Arrow file that can be read: {error or 'its metadata is damaged'}") from error
+        why = error if isinstance(error, ValueError) else "its metadata is damaged"
+        raise ValueError(f"{path} is not an Arrow file that can be read: {why}") from error
 
 def _messages(fd: int, size: int, footer: _Flat | None):
-    """(what it holds, its header, start of the body, length of the body) of every message: those in the footer's lists,
-    or one after the other in a stream. Metadata is read, not mapped: a page that is touched through a map counts, with
-    its neighbours, as memory of this process."""
+    """(what it holds, its header, start of the body, length of the body) of every message: one after the other in a
+    stream, those of the footer's lists in a file (where polars has no message for the schema). Metadata is read, not
+    mapped: a page touched through a map counts, with its neighbours, as memory of this process."""
     at = 0
     for at, *_ in footer.longs(2, 3) + footer.longs(3, 3) if footer else ():
         if not (message := _message(fd, at, size)):
@@ -1473,7 +1526,8 @@ def _release_function(layout) -> tuple[int, mmap.mmap]:
                       0x48, 0xC7, 0x47, release, 0, 0, 0, 0,        # mov qword [rdi + release], 0
                       0x48, 0xC7, 0x00, 1, 0, 0, 0, 0xC3])          # mov qword [rax], 1; ret
     elif machine == "aarch64":                                      # ldr x1; str xzr; mov x2, 1; str x2, [x1]; ret
-        code = struct.pack("<5I", 0xF9400001 | private << 7, 0xF900001F | release << 7, 0xD2800022, 0xF9000022, 0xD65F03C0)
+        code = struct.pack("<5I", 0xF9400001 | private << 7, 0xF900001F | release << 7,
+                           0xD2800022, 0xF9000022, 0xD65F03C0)
     else:
         raise ValueError(f"tables cannot be lent to other libraries on {machine}; write a file instead")
     with open(os.memfd_create("release"), "wb") as file:
@@ -1533,16 +1587,17 @@ def _export_array(a: Array):
 
 def _point_at(c, children: list, dictionary: list):
     pointers = (ctypes.c_int64 * len(children))(*map(ctypes.addressof, children))
-    c.n_children, c.children, c.dictionary = len(children), ctypes.addressof(pointers), sum(map(ctypes.addressof, dictionary))
+    c.n_children, c.children = len(children), ctypes.addressof(pointers)
+    c.dictionary = ctypes.addressof(dictionary[0]) if dictionary else 0
     return pointers
 
 def _export(schema: Field, arrays):
-    """A capsule with a C stream of arrays, which are made when they are asked for. The capsule has no destructor, which
-    could not be Python either."""
+    """A capsule with a C stream of arrays, which are made when they are asked for. The capsule has no destructor,
+    which could not be Python either."""
     def answer(fill, size: int):
         def function(_, out: int) -> int:
             try:
-                ctypes.memset(out, 0, size)                                 # a stream ends with an array that is released
+                ctypes.memset(out, 0, size)                                 # a stream ends with a released array
                 fill(out)
                 return 0
             except Exception as error:
@@ -1618,7 +1673,7 @@ def _import_field(c) -> Field:
     code, name = (ctypes.string_at(at).decode() if at else "" for at in (c.format, c.name))
     letters = code if code in _LETTERS else re.match(r"ts|tD|\+?w:|", code)[0]
     if not letters:
-        _unsupported(name, next((kind for known, kind in _UNSUPPORTED.items() if code.startswith(str(known))), code))
+        raise _unsupported(name, next((k for known, k in _UNSUPPORTED.items() if code.startswith(str(known))), code))
     unit = dict(zip("smun", _UNITS))[code[2]] if letters in ("ts", "tD") else ""
     fields = tuple(_import_field(_CSchema.from_address(child)) for child in _numbers_at(c.children, c.n_children))
     kind = Type(_LETTERS[letters], fields, int(code[len(letters) :]) if letters.endswith("w:") else 0, unit,
@@ -1632,7 +1687,8 @@ def _import_field(c) -> Field:
         at += 4 + len(texts[-1])
     return Field(name, kind, bool(c.flags & 2), dict(zip(texts[::2], texts[1::2])))
 
-def _numbers_at(address: int, n: int) -> list[int]: return list((ctypes.c_int64 * n).from_address(address)) if n else []
+def _numbers_at(address: int, n: int) -> list[int]:
+    return list((ctypes.c_int64 * n).from_address(address)) if n else []
 
 def _import_array(c, kind: Type, owner) -> Array:
     n, pointers = c.length + c.offset, _numbers_at(c.buffers, c.n_buffers)
@@ -1660,7 +1716,8 @@ def _show(command: str, files: list[str], rows: int) -> None:
                 print(json.dumps(row, ensure_ascii=False, default=repr))
             continue
         framing = "file" if open(path, "rb").read(6) == b"ARROW1" else "stream"
-        print(f"{path}: {framing} format, {len(table):,} rows in {len(table.chunks):,} batches, {os.path.getsize(path):,} bytes")
+        size = f"{len(table):,} rows in {len(table.chunks):,} batches, {os.path.getsize(path):,} bytes"
+        print(f"{path}: {framing} format, {size}")
         print("\n".join(f"    {line}" for line in str(table.schema).splitlines()))
         for key, value in table.schema.metadata.items():
             print(f"    metadata {key.decode(errors='replace')}: {value.decode(errors='replace'):.80}")
@@ -1680,8 +1737,10 @@ def demo(documents: int) -> None:
     ids = {word: i for i, word in enumerate(words.tolist())}
     table = Table.from_pydict({"id": np.arange(documents), "text": [
         " ".join(words[rng.integers(0, len(words), n)]) for n in rng.integers(100, 400, documents)]})
-    table = table.map(lambda batch: {"tokens": [np.array([ids[w] for w in t.split()], np.int32) for t in batch["text"]]},
-                      batched=True)
+
+    def tokenize(batch: dict) -> dict:
+        return {"tokens": [np.array([ids[word] for word in text.split()], np.int32) for text in batch["text"]]}
+    table = table.map(tokenize, batched=True)
     with tempfile.TemporaryDirectory() as folder:
         path, stream = f"{folder}/corpus.arrow", f"{folder}/corpus.arrows"
         write(table, path)
@@ -1697,83 +1756,70 @@ def demo(documents: int) -> None:
         _bench(folder, table, stream)
 
 def _bench(folder: str, table: Table, stream: str) -> None:
-    """The best of several runs, in turns; the ratio says how many times as long the others take."""
-    n, k = len(table), 1000
-    data = {"numbers": Table.from_pydict({"x": np.arange(500 * n), "y": np.arange(500 * n) / 7}),
-            "list<int32>": table.select_columns(["tokens"])}
-    order = np.random.default_rng(1).permutation(n)
-    ours, steps = read(stream).select(order), {}
-    rows = f"{k} shuffled rows as"
-    for name, part in data.items():
-        steps[f"write {name}"] = {"arrowlite": lambda name=name, part=part: write(part, f"{folder}/ours.{name}")}
-        steps[f"read {name}"] = {"arrowlite": lambda name=name: _total(read(f"{folder}/ours.{name}"))}
-    steps["open a file"] = {"arrowlite": lambda: read(f"{folder}/ours.numbers")}
-    steps["1 shuffled row"] = {"arrowlite": lambda: ours[n // 2]}
-    steps[f"{rows} lists"] = {"arrowlite": lambda: ours["tokens"][:k].to_pylist()}
-    steps[f"{rows} arrays"] = {"arrowlite": lambda: ours["tokens"][:k].to_numpy()}
+    """The best of nine runs, in turns; the ratio says how many times as long the others take."""
+    n, ours, theirs = len(table), f"{folder}/ours.", f"{folder}/theirs."
+    order, steps = np.random.default_rng(1).permutation(n), {}                  # step -> {library: what it does there}
+    def step(label: str, **runs) -> None: steps.setdefault(label, {}).update(runs)
+
+    shuffled = read(stream).select(order)
+    parts = {"numbers": Table.from_pydict({"x": np.arange(500 * n), "y": np.arange(500 * n) / 7}),
+             "list<int32>": table.select_columns(["tokens"])}
+    for name, part in parts.items():
+        step(f"write {name}", arrowlite=functools.partial(write, part, ours + name))
+        step(f"read {name}", arrowlite=lambda name=name: _total(read(ours + name)))
+    step("open a file", arrowlite=lambda: read(ours + "numbers"))
+    step("1 shuffled row", arrowlite=lambda: shuffled[n // 2])
+    step("1000 shuffled rows as lists", arrowlite=lambda: shuffled["tokens"][:1000].to_pylist())
+    step("1000 shuffled rows as arrays", arrowlite=lambda: shuffled["tokens"][:1000].to_numpy())
     with contextlib.suppress(ImportError):
         import pyarrow as pa
-        theirs = {name: pa.table(part) for name, part in data.items()}
+        from pyarrow import feather
 
-        def pa_write(name, durable):
-            with open(f"{folder}/theirs.{name}", "wb") as sink, pa.ipc.new_file(sink, theirs[name].schema) as writer:
-                writer.write_table(theirs[name])
-                writer.close()
-                os.fsync(sink.fileno()) if durable else None
-
-        def pa_read(name):
-            return pa.ipc.open_file(pa.memory_map(f"{folder}/theirs.{name}")).read_all()
-        for name in data:
-            steps[f"write {name}"] |= {"pyarrow, fsync": functools.partial(pa_write, name, True),
-                                       "pyarrow": functools.partial(pa_write, name, False)}
-            steps[f"read {name}"]["pyarrow"] = lambda name=name: _total(pa_read(name))
-        steps["open a file"]["pyarrow"] = lambda: pa_read("numbers")
+        def pa_read(path: str): return pa.ipc.open_file(pa.memory_map(path)).read_all()
+        def pa_write(part, path: str, durable: bool) -> None:
+            feather.write_feather(part, path, compression="uncompressed", chunksize=len(part))
+            with open(path, "rb") as file:
+                os.fsync(file.fileno()) if durable else None
+        for name, part in parts.items():
+            write_it = functools.partial(pa_write, pa.table(part), theirs + name)
+            step(f"write {name}", pyarrow_fsync=functools.partial(write_it, durable=True),
+                 pyarrow=functools.partial(write_it, durable=False))
+            step(f"read {name}", pyarrow=lambda name=name: _total(pa_read(theirs + name)))
+        step("open a file", pyarrow=lambda: pa_read(theirs + "numbers"))
     with contextlib.suppress(ImportError):
         import datasets
-        shuffled = datasets.Dataset.from_file(stream).select(order.tolist())
-        tokens = shuffled.select_columns("tokens")
-        arrays = tokens.with_format("numpy")
-        steps["1 shuffled row"]["datasets"] = lambda: shuffled[n // 2]
-        steps[f"{rows} lists"]["datasets"] = lambda: tokens[:k]
-        steps[f"{rows} arrays"]["datasets"] = lambda: arrays[:k]
-    for label, runners in steps.items():
-        times, repeat = {name: [] for name in runners}, 50 if label in ("open a file", "1 shuffled row") else 1
-        for name, run in list(runners.items()) * 9:
-            for path in (f"{folder}/{who}.{label[6:]}" for who in ("ours", "theirs") if label[:5] == "write"):
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)                                 # both write a new file
-            start = time.perf_counter()
-            for _ in range(repeat):
-                run()
-            times[name].append((time.perf_counter() - start) / repeat * 1e3)
-        for run in list(runners.values())[:2]:
-            run()                                                   # leave both files for the next step
-        mine, *others = (f"{name} {min(values):.3f} ms" for name, values in times.items())
-        ratios = [min(values) / min(times["arrowlite"]) for values in times.values()][1:]
-        print(f"{label:28} {mine:22}", *(f"{other} ({ratio:.1f}x)" for other, ratio in zip(others, ratios)), sep="   ")
+        rows = datasets.Dataset.from_file(stream).select(order.tolist())
+        tokens, arrays = rows.select_columns("tokens"), rows.select_columns("tokens").with_format("numpy")
+        step("1 shuffled row", datasets=lambda: rows[n // 2])
+        step("1000 shuffled rows as lists", datasets=lambda: tokens[:1000])
+        step("1000 shuffled rows as arrays", datasets=lambda: arrays[:1000])
+    for label, runs in steps.items():
+        times, repeat = {name: [] for name in runs}, 50 if label in ("open a file", "1 shuffled row") else 1
+        for name, run in list(runs.items()) * 9:
+            times[name].append(timeit.timeit(run, number=repeat) / repeat * 1e3)
+        best = {name: min(values) for name, values in times.items()}
+        times = (f"{name} {ms:.3f} ms ({ms / best['arrowlite']:.1f}x)" for name, ms in best.items())
+        print(f"{label:28}", *times, sep="   ")
 
 def _total(table) -> int:
     """The sum of the first column, so that every byte of it is read."""
-    column = table[table.column_names[0]]
-    column = column.combine() if isinstance(table, Table) else column.combine_chunks()
-    return int(getattr(column, "values", column).to_numpy().sum() if "list" in str(column.type) else column.to_numpy().sum())
+    column = Table.combine(table).children[0] if isinstance(table, Table) else table.column(0).combine_chunks()
+    return int((column.values if "list" in str(column.type) else column).to_numpy().sum())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look into Arrow files and convert them; without a command, the demo.")
+    parser.add_argument("command", nargs="?", choices=("schema", "head", "convert"), help="convert: IN OUT, by suffix: "
+                        ".jsonl, .arrows (stream format), else the file format")
+    parser.add_argument("files", nargs="*")
+    parser.add_argument("-n", type=int, default=5, help="rows that head shows")
     parser.add_argument("--bench", action="store_true", help="the demo at full size")
-    commands = parser.add_subparsers(dest="command")
-    for name in ("schema", "head"):
-        command = commands.add_parser(name)
-        command.add_argument("files", nargs="+")
-        command.add_argument("-n", type=int, default=5, help="rows that head shows")
-    convert = commands.add_parser("convert", help="by suffix: .jsonl, .arrows (stream format), else the file format")
-    convert.add_argument("source")
-    convert.add_argument("target")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.command is None:
         return demo(100_000 if args.bench else 5_000)
+    if not args.files or args.command == "convert" and len(args.files) != 2:
+        parser.error("head and schema take files; convert takes two, IN and OUT")
     try:
-        _convert(args.source, args.target) if args.command == "convert" else _show(args.command, args.files, args.n)
+        _convert(*args.files) if args.command == "convert" else _show(args.command, args.files, args.n)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
