@@ -3,7 +3,7 @@
 A table is a set of named columns; a column is a few flat buffers; a file is those buffers one after the other, with a
 description of where each one starts. That layout is Apache Arrow's, so a file is read by mapping it into memory and
 pointing at it, and pyarrow, polars, DuckDB and Hugging Face datasets read the same bytes. Nothing is parsed, nothing is
-copied, and a shuffled table is the old buffers under a new list of row numbers.
+copied, and a shuffled table is the old buffers under a new list of row numbers. (Linux, 64 bits, little-endian.)
 
       Table          Column "tokens"               Array: one record batch's part of the column, here list<int32>
     +---------+     +---------------+             +------------------------------------------------------------+
@@ -28,8 +28,8 @@ format (stream=True: datasets) is the same without the footer. `read` takes eith
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, os, re, struct
-import sys, tempfile, time, timeit, uuid, warnings, zoneinfo
+import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, operator, os
+import pickle, re, struct, sys, tempfile, time, timeit, uuid, warnings, zoneinfo
 import datetime as dt
 from bisect import bisect_right
 from concurrent.futures import ProcessPoolExecutor
@@ -41,8 +41,8 @@ import numpy as np
 
 # --- types: one table drives everything ------------------------------------------------------------------------------
 
-# name: (letters in the C interface, member of the Type union in a file's metadata, the numbers it has there,
-#        dtype of the first buffer, layout). What the layouts are, says Array.
+# name: letters in the C interface, member of the Type union in a file's metadata, the numbers that it has there,
+#       dtype of the first buffer, layout (Array says what the layouts are)
 _TYPES = {
     "null": ("n", 1, (), None, "null"), "bool": ("b", 6, (), "?", "fixed"),
     "int8": ("c", 2, (8, 1), "i1", "fixed"), "uint8": ("C", 2, (8, 0), "u1", "fixed"),
@@ -57,7 +57,7 @@ _TYPES = {
     "binary": ("z", 4, (), "i4", "bytes"), "large_binary": ("Z", 19, (), "i8", "bytes"),
     "list": ("+l", 12, (), "i4", "list"), "large_list": ("+L", 21, (), "i8", "list"),
     "fixed_size_list": ("+w:", 16, ("size",), None, "fixed_list"), "struct": ("+s", 13, (), None, "struct"),
-    "dictionary": ("-", -1, (), None, "dictionary"),            # in both, the type of its values with a note
+    "dictionary": ("-", -1, (), None, "dictionary"),            # has no code: its values have, its indices beside them
     "string_view": ("vu", 24, (), "V16", "view"), "binary_view": ("vz", 23, (), "V16", "view"),      # read as large_*
 }
 _UNSUPPORTED = {7: "decimal", 9: "time", 11: "interval", 14: "union", 17: "map", 22: "run_end_encoded", 25: "list_view",
@@ -72,11 +72,12 @@ class Type:
     """A type's name, and what that name needs. It equals its spelling: column.type == "list<int32>"."""
     name: str
     fields: tuple[Field, ...] = ()      # list: the item; struct: the members; dictionary: the values
-    size: int = 0                       # fixed_size_binary: bytes; fixed_size_list: items; dictionary: its id in a file
+    size: int = 0                       # fixed_size_binary: bytes; fixed_size_list: items
     unit: str = ""                      # timestamp, duration: s, ms, us or ns
     tz: str = ""                        # timestamp: the time zone to show; the stored values are UTC
     index: Type | None = None           # dictionary: the integer type of its indices
     ordered: bool = False               # dictionary: whether the order of its values means something
+    id: int = 0                         # dictionary: its number in the file from which it was read
 
     layout = property(lambda self: _TYPES[self.name][4])
     family = property(lambda self: self.name.removeprefix("large_"))
@@ -121,10 +122,13 @@ class Field:
 
     def __post_init__(self):
         pairs = [[x if isinstance(x, bytes) else x.encode() for x in pair] for pair in (self.metadata or {}).items()]
+        if not isinstance(self.name, str):
+            raise ValueError(f"a column's name must be text, not {self.name!r}")
         object.__setattr__(self, "type", as_type(self.type))
         object.__setattr__(self, "metadata", dict(pairs))
 
     names = property(lambda self: [f.name for f in self.type.fields])
+    def __bool__(self) -> bool: return True                 # also without members
     def field(self, name: str) -> Field: return self.type.fields[self.position(name)]
     def __iter__(self): return iter(self.type.fields)
     def __len__(self) -> int: return len(self.type.fields)
@@ -135,7 +139,8 @@ class Field:
         return self.names.index(name)
 
 def Schema(spec, metadata=None) -> Field:
-    """From a schema, {name: type}, a list of fields or (name, type) pairs, or the schema of another Arrow library."""
+    """A function, since a schema is a Field: from a schema, {name: type}, a list of fields or (name, type) pairs, or
+    the schema of another Arrow library."""
     if hasattr(spec, "__arrow_c_schema__"):
         spec = _import_schema(spec)
     if not isinstance(spec, Field):
@@ -149,7 +154,12 @@ def as_type(spec) -> Type:
     """From a Type, its spelling, a numpy dtype, int, float, str, bytes, bool, or a type of another Arrow library."""
     if isinstance(spec, (Type, str)):
         return spec if isinstance(spec, Type) else _parse_type(spec)
-    return _import_schema(spec).type if hasattr(spec, "__arrow_c_schema__") else _type_of_dtype(np.dtype(spec))
+    if hasattr(spec, "__arrow_c_schema__"):
+        return _import_schema(spec).type
+    try:
+        return _type_of_dtype(np.dtype(spec))
+    except TypeError:
+        raise ValueError(f"{spec!r} is no type; write for example 'int32' or 'list<utf8>'") from None
 
 def _parse_type(text: str) -> Type:
     parts = re.fullmatch(r"\s*(\w+)\s*(?:<(.*)>)?\s*(?:\[([^]<>]*)\])?(?: not null)?\s*", text, re.S)
@@ -239,14 +249,20 @@ class Array:
             data.flags.writeable = False
 
     def __len__(self) -> int: return self.length
-    def __repr__(self) -> str: return f"{self.type}, {len(self):,} rows: {self[:9].to_pylist()}" + "..." * (self.length > 9)
+    def __iter__(self): return iter(self.to_pylist())
+    def __repr__(self) -> str:
+        return f"{self.type}, {self.length:,} rows: {self[:10].to_pylist()}{'...' * (self.length > 10)}"
+
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
     def __arrow_c_stream__(self, requested_schema=None): return _export(Field("", self.type), [self])
     def __reduce__(self):
         values = self.values if self.type.name == "dictionary" else None
         return _revive, (self.type, self.length, self.null_count, *_dismantle(self), values)
-    def combine(self) -> Array: return self
-    def present(self) -> np.ndarray: return np.ones(self.length, bool) if self.valid is None else np.asarray(self.valid)
+    def combine(self) -> Array: return self                 # as a Column does, so that either can be asked
+
+    def present(self) -> np.ndarray:
+        """A flag a row, also where `valid` is None since there are no nulls."""
+        return np.ones(self.length, bool) if self.valid is None else np.asarray(self.valid)
 
     def __getitem__(self, i):
         if not isinstance(i, slice):
@@ -348,7 +364,7 @@ class Array:
                 out = [None] * self.length
             case "fixed":
                 values = np.asarray(self.data)
-                out = _as_objects(values).tolist() if self.type.plain else _moments(self.type, values)
+                out = _as_objects(values).tolist() if self.type.plain else _python_times(self.type, values)
             case "bytes":
                 ends, items, text = self.used()[0].tolist(), self.used()[1].data.tobytes(), self.type.family == "utf8"
                 if text and items.isascii():                # one decoding for all rows, then cuts
@@ -404,7 +420,7 @@ class Array:
         private: writing to a tensor neither changes the file nor crashes."""
         import torch
         values = self.to_numpy()
-        ragged = self.type.layout == "list" and all(isinstance(v, np.ndarray) for v in values)
+        ragged = self.type.layout == "list" and all(getattr(v, "dtype", np.dtype("V1")).kind in "biuf" for v in values)
         if not ragged and values.dtype.kind not in "biuf":
             nulls = " with nulls" * bool(self.null_count)
             raise ValueError(f"torch has no tensor for {self.type}{nulls}; use to_numpy() or to_pylist()")
@@ -432,7 +448,7 @@ class Array:
         return self
 
 def _row(i: int, n: int) -> int:
-    if not -n <= i < n:
+    if not -n <= (i := operator.index(i)) < n:
         raise IndexError(f"row {i} of {n:,} rows")
     return i % n
 
@@ -453,7 +469,7 @@ def _as_objects(values: np.ndarray) -> np.ndarray:
 @functools.cache
 def _small_numbers() -> np.ndarray: return np.arange(1 << 18).astype(object)
 
-def _moments(kind: Type, values: np.ndarray) -> list:
+def _python_times(kind: Type, values: np.ndarray) -> list:
     """date, datetime, timedelta where they hold the value exactly, else numpy's scalar (nanoseconds, far years)."""
     if kind.unit == "ns":
         return list(values)
@@ -480,8 +496,15 @@ def array(values, type=None) -> Array:
         built = values.combine()
     elif hasattr(values, "__arrow_c_stream__") or hasattr(values, "__arrow_c_array__"):
         built = Column(*_import(values)).combine()
+    elif hasattr(values, "__array__"):
+        try:
+            built = _from_numpy(np.asanyarray(values))
+        except (TypeError, RuntimeError) as error:                  # a torch tensor that numpy cannot hold
+            raise ValueError(f"{error}; convert it first") from None
+    elif isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
+        raise ValueError(f"a column takes a list of values, not {values!r:.40}")
     else:
-        built = _from_numpy(np.asanyarray(values)) if hasattr(values, "__array__") else _build(list(values))
+        built = _build(list(values))
     return built if type is None else _cast(built, as_type(type))
 
 # Python's types by family, in the order in which they are tried: a bool is an int to Python, never to us
@@ -494,11 +517,12 @@ def _build(values: list) -> Array:
     kinds, n = set(map(type, values)) - {NoneType}, len(values)
     families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__)
                 for kind in kinds}
-    family = "float" if families == {"int", "float"} else " and ".join(sorted(families))
-    if not family:
+    families = {"float"} if families == {"int", "float"} else families
+    if len(families) > 1 or families - set(_FAMILIES):
+        raise ValueError(f"a column cannot hold {' and '.join(sorted(families))} values; convert them first")
+    if not families:
         return Array(Type("null"), n)
-    if family not in _FAMILIES:
-        raise ValueError(f"a column cannot hold {family} values; convert them first")
+    family = families.pop()
     if family in ("timestamp", "duration") and any(v != v for v in values):             # NaT: numpy's null
         return _build([v if v == v else None for v in values])
     present = np.fromiter((v is not None for v in values), bool, n)
@@ -538,7 +562,7 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
         dense = np.array(values, "m8" if family == "duration" else "M8")
         if any(isinstance(v, np.generic) and v != exact for v, exact in zip(values, dense)):
             raise ValueError(f"the times {values[0]} and others do not fit in one unit")
-        kind, dense = _from_moments(dense)
+        kind, dense = _numpy_times(dense)
         return replace(kind, tz=zones.pop() if len(zones) == 1 else "UTC"), dense
     if family == "int" and not any(isinstance(v, np.integer) for v in values):
         low, high = min(values), max(values)
@@ -559,7 +583,7 @@ def _zone_name(value) -> str:
         return "UTC" if zone else ""
     return getattr(zone, "key", None) or f"{value:%z}"[:3] + ":" + f"{value:%z}"[3:5]
 
-def _from_moments(a: np.ndarray) -> tuple[Type, np.ndarray]:
+def _numpy_times(a: np.ndarray) -> tuple[Type, np.ndarray]:
     """numpy has units from years to attoseconds, Arrow days (as 32-bit numbers) and seconds to nanoseconds."""
     kind = _type_of_dtype(a.dtype)
     out = a.astype("M8[D]" if kind == "date32" else kind.dtype, copy=False)
@@ -579,7 +603,7 @@ def _from_numpy(a: np.ndarray) -> Array:
     if a.dtype.kind in "OUS" or isinstance(a, np.ma.MaskedArray):
         return _build(a.tolist())
     valid = ~np.isnat(a) if a.dtype.kind in "mM" and np.isnat(a).any() else None
-    kind, a = _from_moments(a) if a.dtype.kind in "mM" else (_type_of_dtype(a.dtype), a)
+    kind, a = _numpy_times(a) if a.dtype.kind in "mM" else (_type_of_dtype(a.dtype), a)
     return Array(kind, len(a), np.ascontiguousarray(a.astype(kind.dtype, copy=False)).view(), (), valid)
 
 # --- one type for all parts: unify, cast, concatenate ----------------------------------------------------------------
@@ -593,8 +617,8 @@ def unify(a: Type, b: Type) -> Type:
     layouts = {a.layout, b.layout}
     if a.plain and b.plain and {a.dtype.kind, b.dtype.kind} <= set("iuf"):
         common = np.promote_types(a.dtype, b.dtype)
-        if common.kind != "f" or "f" in (a.dtype.kind, b.dtype.kind):   # int64 and uint64: numpy's float64 would round
-            return _type_of_dtype(common)
+        rounds = common.kind == "f" and "f" not in (a.dtype.kind, b.dtype.kind)         # int64 beside uint64
+        return Type("uint64") if rounds else _type_of_dtype(common)         # the cast refuses a negative value
     elif a.unit and (a.name, a.tz) == (b.name, b.tz):
         return max(a, b, key=lambda t: _UNITS.index(t.unit))
     elif layouts == {"bytes"} and a.family == b.family:
@@ -634,6 +658,8 @@ def _cast(a: Array, to: Type) -> Array:
     layouts = (source.layout, to.layout)
     if source == to or source.name == "null":
         return a if source == to else _nulls(to, len(a))
+    if source.name == to.name == "dictionary" and source.item == to.item:
+        return Array(to, len(a), _exact(a.codes(), Type("int64"), to.index, present), a.children, a.valid)
     if source.name == "dictionary":
         plain = child.pick(a.codes()) if len(child) else _nulls(source.item, len(a))
         return _cast(Array(plain.type, len(a), plain.data, plain.children, present & plain.present()), to)
@@ -641,7 +667,9 @@ def _cast(a: Array, to: Type) -> Array:
         items, code_of = _cast(a, to.item), {}
         codes = [code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())]
         firsts = np.unique(np.array(codes, np.int64), return_index=True)[1]
-        data, children = _exact(np.array(codes, np.int64), Type("int64"), to.index, True), [items.pick(firsts)]
+        if len(firsts) > np.iinfo(to.dtype).max:
+            raise ValueError(f"{len(firsts):,} distinct values are too many for {to}; use a wider index")
+        data, children = np.array(codes, to.dtype), [items.pick(firsts)]
     elif layouts == ("fixed", "fixed"):
         data = _exact(np.asarray(a.data), source, to, present)
     elif layouts == ("list", "list") or layouts == ("bytes", "bytes") and source.family == to.family or (
@@ -657,8 +685,10 @@ def _cast(a: Array, to: Type) -> Array:
         data, children = (items.data.view(to.dtype), ()) if layouts[1] == "fixed" else (None, [_cast(items, to.item)])
     elif layouts == ("fixed_list", "fixed_list") and source.size == to.size:
         children = [_cast(child, to.item)]
-    elif layouts == ("struct", "struct") and {f.name for f in source.fields} <= {f.name for f in to.fields}:
+    elif layouts == ("struct", "struct"):
         mine = dict(zip((f.name for f in source.fields), a.children))
+        if extra := [name for name in mine if name not in (f.name for f in to.fields)]:
+            raise ValueError(f"there is no place for {extra[0]!r} in {', '.join(f.name for f in to.fields)}")
         for f in to.fields:
             with _naming(f"column {f.name!r}: "):
                 children += (_cast(mine.get(f.name, Array(Type("null"), len(a))), f.type),)
@@ -693,8 +723,12 @@ def _concat(kind: Type, arrays: list[Array]) -> Array:
             values = list({id(a.values): a.values for a in arrays}.values())
             both = Array(kind, 0, None, values) if len(values) == 1 else _cast(_concat(kind.item, values), kind)
             starts = dict(zip(map(id, values), itertools.accumulate(map(len, values), initial=0)))
-            moved = [a.data if len(values) == 1 else both.data[a.codes() + starts[id(a.values)]] for a in arrays]
-            data, children = np.concatenate(moved), both.children       # each distinct value of all of them once
+            if len(values) == 1:
+                moved = [a.data for a in arrays]
+            else:                                                       # each distinct value of all of them once
+                moves = np.append(both.data, np.zeros(1, kind.dtype))   # nulls alone may have no value to point at
+                moved = [moves[a.codes() + starts[id(a.values)]] for a in arrays]
+            data, children = np.concatenate(moved), both.children
         case "bytes" | "list":
             parts = [a.used() for a in arrays]
             data = _offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in parts]), kind)
@@ -710,7 +744,8 @@ class Lazy:
     """A list of n items, each made when it is first asked for."""
     def __init__(self, n: int, make): self.n, self.make = n, functools.cache(make)
     def __len__(self) -> int: return self.n
-    def __getitem__(self, i: int): return self.make(i if i < self.n else [][i])
+    def __getitem__(self, i: int): return self.make(i)
+    def __iter__(self): return map(self.make, range(self.n))        # not by __getitem__, to which IndexError is the end
 
 class Column:
     """Rows of one type. Its chunks, laid end to end, number their rows; `rows` (a range, or an array after a shuffle)
@@ -831,7 +866,8 @@ class Column:
 
     def split(self, test_size: float | int, seed: int | None = None) -> tuple[Column, Column]:
         """(train, test) of the shuffled rows; test_size is a share (float) or a number of rows (int)."""
-        rows = round(test_size * len(self)) if isinstance(test_size, float) else test_size
+        count = isinstance(test_size, (int, np.integer))
+        rows = test_size if count else round(test_size * len(self)) if 0 <= test_size <= 1 else -1
         if not 0 <= rows <= len(self):
             raise ValueError(f"a test set of {test_size} cannot be taken from {len(self):,} rows")
         shuffled = self.shuffle(seed)
@@ -849,12 +885,17 @@ class Table(Column):
     @classmethod
     def from_pydict(cls, columns: dict, schema=None) -> Table:
         schema = None if schema is None else Schema(schema)
+        if not isinstance(columns, dict):
+            raise ValueError(f"from_pydict takes a dict of columns, not a {type(columns).__name__}")
         if schema and set(schema.names) != set(columns):
             raise ValueError(f"the columns are {', '.join(columns)}, those of the schema {', '.join(schema.names)}")
         arrays = {}
         for name in schema.names if schema else columns:
             with _naming(f"column {name!r}: "):
                 arrays[name] = array(columns[name], schema and schema.field(name).type)
+        for f in schema or ():
+            if not f.nullable and arrays[f.name].null_count:
+                raise ValueError(f"column {f.name!r} has nulls, which its schema forbids")
         lengths = {name: len(a) for name, a in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different lengths: {lengths}")
@@ -864,6 +905,7 @@ class Table(Column):
     @classmethod
     def from_pylist(cls, rows: list[dict], schema=None) -> Table:
         """A name that a row lacks is null there."""
+        rows = list(rows)
         for i, row in enumerate(rows):
             if not isinstance(row, dict):
                 raise ValueError(f"row {i} is a {type(row).__name__}; rows must be dicts")
@@ -900,15 +942,17 @@ class Table(Column):
                         for i, row in rows.items():
                             with _naming(f"{path}, line {i}: "):
                                 kind = unify(kind, cls.from_pylist([row], schema).type)
-                        raise                                       # no row alone, but all together
+                        with _naming(f"{path}, lines {min(rows)} to {max(rows)}: "):
+                            raise                                   # no row alone, but all together
                     yield part
         return _gathered(parts(), schema)
 
     def to_pydict(self) -> dict[str, list]: return {name: self[name].to_pylist() for name in self.schema.names}
     def to_jsonl(self, path) -> None:
         with _atomic(path) as file:
-            for row in self:
-                file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
+            for i, row in enumerate(self):
+                with _naming(f"row {i}: "):
+                    file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
 
     def __getitem__(self, key):
         """A row as a dict, a slice as a table, or a column by its name."""
@@ -965,7 +1009,15 @@ class Table(Column):
             return _gathered(_progress(results, len(starts)), self.drop(list(remove_columns)).schema)
 
 def _set_job(job) -> None: _work.job = job      # runs once in each worker, which inherits the job: it is never pickled
-def _work(start: int) -> Table: return _work.job(start)
+def _work(start: int) -> Table:
+    try:
+        return _work.job(start)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:                               # it would not survive the way back: send its words
+            raise RuntimeError(f"map: {type(error).__name__}: {error}") from None
+        raise
 
 def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], start: int) -> Table:
     part = table[start : start + size]
@@ -989,7 +1041,9 @@ def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], st
             raise ValueError(f"map: {len(part)} rows became {len(arrays[name])} in {name!r}; remove_columns must name "
                              f"the columns that cannot follow: {', '.join(kept)}")
     order = dict.fromkeys([name for name in part.schema.names if name in arrays] + list(arrays))
-    fields = [kept.get(name) or Field(name, arrays[name].type) for name in order]
+    old = {f.name: f for f in part.schema}
+    fields = [old[name] if name in old and old[name].type == arrays[name].type else Field(name, arrays[name].type)
+              for name in order]
     return Table.from_pydict({name: arrays[name] for name in order}, Schema(fields, part.schema.metadata))
 
 def _progress(results, total: int):
@@ -1005,9 +1059,18 @@ def _progress(results, total: int):
 def concat(tables: list[Table]) -> Table:
     """One table after the other, over the same buffers. A column that is null, missing, narrower or of integers in some
     of them becomes what holds the values of all."""
-    if not tables:
-        raise ValueError("concat needs at least one table")
+    tables = list(tables)
+    if not tables or not all(isinstance(table, Table) for table in tables):
+        raise ValueError("concat takes a list of one or more tables")
     kind = reduce(unify, (t.type for t in tables))
+    fields = list(kind.fields)
+    for k, f in enumerate(fields):
+        if f.type.name == "dictionary":                     # together they may have more values than their index counts
+            columns = [t[f.name] for t in tables if f.name in t.schema.names]
+            sizes = {id(a.values): len(a.values) for c in columns if c.type == f.type for a in c.chunks}
+            if sum(sizes.values()) > np.iinfo(f.type.dtype).max:
+                fields[k] = replace(f, type=replace(f.type, index=Type("int32")))
+    kind = replace(kind, fields=tuple(fields))
     parts = [t.cast(kind) for t in tables]
     chunks = [(t.chunks, k) for t in parts for k in range(len(t.chunks))]
     whole = all(isinstance(t.rows, range) and len(t) == t.starts[-1] for t in parts)
@@ -1166,7 +1229,7 @@ def _read_field(node: _Flat, ids: dict, budget, depth: int = 0) -> Field:
     if encoding:
         index = _read_type(2, encoding.table(1), (), name) if encoding.table(1) else Type("int32")
         ids[id_ := encoding.number(0, "q")] = kind
-        kind = Type("dictionary", (Field("values", kind),), id_, index=index, ordered=bool(encoding.number(2, "B")))
+        kind = Type("dictionary", (Field("values", kind),), index=index, ordered=bool(encoding.number(2, "B")), id=id_)
     return Field(name, kind, bool(node.number(1, "B")), _pairs(node, 6))
 
 def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
@@ -1189,7 +1252,8 @@ def _unsupported(column: str, kind) -> ValueError:
 _MAX_BODILESS = 1 << 26     # rows that take no bytes, as nulls do, are believed up to here: a forged length is free
 
 def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dictionary) -> Array:
-    """An array of n rows. buffer(size) gives the next buffer's first bytes, child(type) the next child."""
+    """An array of n rows. buffer(size) gives the next buffer's first bytes, child(type) the next child,
+    view_buffers() the bytes of a view array, dictionary(type) the values of a dictionary array."""
     layout, children, data, size = kind.layout, (), None, kind.dtype.itemsize if kind.dtype else 0
     if n > _MAX_BODILESS and (layout == "null" or layout == "fixed_list" and kind.size == 0 or kind == "struct<>"):
         raise ValueError(f"{n:,} rows without any bytes are more than the {_MAX_BODILESS:,} that are believed")
@@ -1261,6 +1325,7 @@ def _revive(kind: Type, n: int, nulls: int, buffers: list, children: list, value
 # --- files: messages, each a flatbuffer and a body of buffers --------------------------------------------------------
 
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3                      # what a message can hold
+_MAP_NORESERVE = 0x4000                                     # Linux's; Python names it from 3.13 on
 
 def _padding(n: int) -> bytes: return bytes(-n % 64)        # 64 bytes: a cache line, and the widest vector register
 
@@ -1273,6 +1338,8 @@ def _atomic(path):
     temporary = f"{final}.{uuid.uuid4().hex}.tmp"
     file = open(temporary, "xb", buffering=1 << 20)
     try:
+        if os.path.exists(final):
+            os.fchmod(file.fileno(), os.stat(final).st_mode & 0o7777)
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -1317,7 +1384,8 @@ class Writer:
     def write(self, rows: Table | list[dict] | dict[str, list]) -> None:
         """Add a table, a list of rows or a dict of columns; its small pieces are joined to batches of 16 MB or more."""
         if not isinstance(rows, Table):
-            rows = (Table.from_pydict if isinstance(rows, dict) else Table.from_pylist)(rows)
+            known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
+            rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)
         pieces, batches = [], rows.cast(self.schema.type).batches()
         for left, piece in zip(range(len(batches) - 1, -1, -1), batches):
             pieces.append(piece)
@@ -1373,6 +1441,7 @@ class Writer:
 
 def write(table: Table, path, stream: bool = False) -> None:
     """Write a table: the file format, or the stream format, which datasets reads."""
+    table = table if isinstance(table, Table) else Table.from_arrow(table)
     with Writer(path, table.schema, stream) as writer:
         writer.write(table)
 
@@ -1390,7 +1459,7 @@ def read(path) -> Table:
             raise ValueError(f"it begins with {head!r}, as no Arrow file does" if head else "it is empty")
         schema, values = _read_schema(footer.table(1)) if footer else (None, {})
         # private pages: whoever writes to a tensor or array over them gets a copy, not a crash and not a changed file
-        memory = mmap.mmap(fd, size, mmap.MAP_PRIVATE | 0x4000, mmap.PROT_READ | mmap.PROT_WRITE)   # MAP_NORESERVE
+        memory = mmap.mmap(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
         memory = np.frombuffer(memory, np.uint8)
         memory.flags.writeable, batches, lengths = False, [], []
         for kind, header, start, length in _messages(fd, size, footer):
@@ -1403,6 +1472,7 @@ def read(path) -> Table:
                 dictionaries = dictionaries if footer else dict(dictionaries)   # a stream's earlier batches keep theirs
                 dictionaries[id_] = _concat(new.type, [dictionaries[id_], new]) if delta else new
             elif kind == _BATCH and schema and 0 <= header.number(0, "q") <= max(_MAX_BODILESS, length << 20):
+                # 2**20 rows a byte: more than any compression reaches, and few enough that sums do not overflow
                 batches.append((header, body, dictionaries))
                 lengths.append(header.number(0, "q"))
             else:
@@ -1471,7 +1541,7 @@ def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int,
         if n < 0 or not 0 <= nulls <= n:
             raise ValueError("a column has an impossible length")
         return _assemble(kind, n, nulls, buffer, child, lambda: [buffer(None) for _ in range(next(counts)[0])],
-                         lambda kind: dictionaries[kind.size])
+                         lambda kind: dictionaries[kind.id])
 
     children = [child(f.type) for f in kind.fields]
     if any(len(c) != n for c in children):
@@ -1499,8 +1569,11 @@ def _decompress(data: np.ndarray, codec: int) -> np.ndarray:
 
 # --- the C interface: tables pass between libraries as pointers ------------------------------------------------------
 
+# What we lend is filled into a C struct and kept alive in _lent. Whoever has it calls its release function, which only
+# sets a flag; _sweep finds the flag later and lets go. What we borrow is released when our last view of it is gone.
+
 def _words(names: str):
-    """A C struct of 64-bit numbers and pointers."""
+    """A C struct of 64-bit numbers and pointers (on a machine of 64 bits both are 8 bytes)."""
     return type("Words", (ctypes.Structure,), {"_fields_": [(name, ctypes.c_int64) for name in names.split()]})
 
 _CSchema = _words("format name metadata flags n_children children dictionary release private")
@@ -1514,10 +1587,10 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
 _address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi))
 _lent = {}                  # address of a flag -> (flag, what was lent with it, everything that has to stay alive)
-_capsules = []              # (capsule, the C stream in it)
+_capsules = {}              # address of a C stream -> (the capsule it is in, the stream)
 
 @functools.cache
-def _release_function(layout) -> tuple[int, mmap.mmap]:
+def _release_function(layout) -> int:
     """The address of `void release(c) { c->release = NULL; *c->private = 1; }` in machine code. Not a Python callback:
     this is called from any thread, at exit, and while an exception is pending, when running Python would lose it."""
     release, private, machine = layout.release.offset, layout.private.offset, os.uname().machine
@@ -1534,23 +1607,26 @@ def _release_function(layout) -> tuple[int, mmap.mmap]:
         file.write(code)
         file.flush()
         memory = mmap.mmap(file.fileno(), len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
-    return np.frombuffer(memory, np.uint8).ctypes.data, memory      # the cache keeps it mapped for good
+    for kept in (memory, _lent):        # for good: others may release what we lent after Python has cleared its modules
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
+    return np.frombuffer(memory, np.uint8).ctypes.data
 
 def _lend(c, parts: list, *alive) -> None:
     """Keep what c points to until c is released. A part (a child) that is taken out of c goes on living by itself."""
     flag = ctypes.c_int64(0)
-    c.release, c.private = _release_function(type(c))[0], ctypes.addressof(flag)
+    c.release, c.private = _release_function(type(c)), ctypes.addressof(flag)
     _lent[c.private] = flag, parts, alive
 
 def _sweep(phase: str = "stop", info=None) -> None:
     """Let go of what has been released. Called whenever something is lent, and by full garbage collections."""
     if phase != "stop" or info and info["generation"] < 2:
         return
-    for entry in [entry for entry in _capsules if sys.getrefcount(entry[0]) <= 2]:      # held by nobody but this list
-        _capsules.remove(entry)
-        if entry[1].release:                                        # and nobody took the stream out of it
-            _forget(entry[1].private)
-    while released := [address for address, (flag, *_) in list(_lent.items()) if flag.value]:
+    for address, (capsule, stream) in _capsules.copy().items():     # copies: a collection may call this in the middle
+        if sys.getrefcount(capsule) <= 4:                           # held by these two and two names: nobody else
+            _capsules.pop(address, None)
+            if stream.release:                                      # and nobody took the stream out of it
+                _forget(stream.private)
+    while released := [address for address, (flag, *_) in _lent.copy().items() if flag.value]:
         for address in released:                                    # which may release more, lent to and fro
             _forget(address)
 
@@ -1617,20 +1693,22 @@ def _export(schema: Field, arrays):
     stream = _CStream(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
     _lend(stream, [], functions)
     capsule = _new_capsule(ctypes.addressof(stream), b"arrow_array_stream", None)
-    _capsules.append((capsule, stream))
+    _capsules[ctypes.addressof(stream)] = capsule, stream
     return capsule
 
 class _Borrowed:
     """Keeps what another library lent us; gives it back when the last array over it is gone."""
     def __init__(self, layout, address: int = 0):
         self.c = layout()
+        if address and not layout.from_address(address).release:
+            raise ValueError("this Arrow stream or array was read before; it can be read only once")
         if address:                                         # moved: the source is empty from now on
             ctypes.memmove(ctypes.addressof(self.c), address, ctypes.sizeof(layout))
             layout.from_address(address).release = 0
 
-    def __del__(self):
+    def __del__(self, call=_OnPointer, addressof=ctypes.addressof):      # at exit the module's names may be gone
         if self.c.release:
-            _OnPointer(self.c.release)(ctypes.addressof(self.c))
+            call(self.c.release)(addressof(self.c))
 
 class _Memory:
     """Foreign memory as numpy sees it."""
@@ -1709,11 +1787,12 @@ def _import_array(c, kind: Type, owner) -> Array:
 # --- command line and demo -------------------------------------------------------------------------------------------
 
 def _show(command: str, files: list[str], rows: int) -> None:
+    def words(value) -> str: return repr(value) if isinstance(value, bytes) else _json_value(value)
     for path in files:
         table = read(path)
         if command == "head":
             for row in table[:rows]:
-                print(json.dumps(row, ensure_ascii=False, default=repr))
+                print(json.dumps(row, ensure_ascii=False, default=words))
             continue
         framing = "file" if open(path, "rb").read(6) == b"ARROW1" else "stream"
         size = f"{len(table):,} rows in {len(table.chunks):,} batches, {os.path.getsize(path):,} bytes"
@@ -1723,6 +1802,8 @@ def _show(command: str, files: list[str], rows: int) -> None:
             print(f"    metadata {key.decode(errors='replace')}: {value.decode(errors='replace'):.80}")
 
 def _convert(source: str, target: str) -> None:
+    if not target.endswith((".jsonl", ".json", ".arrow", ".arrows", ".ipc", ".feather", ".nano")):
+        raise ValueError(f"{target}: name it .jsonl, .arrows (the stream format) or .arrow (the file format)")
     table = Table.from_jsonl(source) if source.endswith((".jsonl", ".json")) else read(source)
     if target.endswith((".jsonl", ".json")):
         table.to_jsonl(target)

@@ -304,6 +304,92 @@ def test_arrowlite_reads_delta_and_replaced_dictionaries(tmp_path):
     assert load(tmp_path / "w.arrow").to_pylist() == expected
 
 
+def test_arrowlite_dictionaries_of_different_values_become_one(tmp_path):
+    nothing = pa.table({"c": pa.array([None, None], pa.utf8()).dictionary_encode()})    # its dictionary is empty
+    some = pa.table({"c": pa.array(["x", "y"]).dictionary_encode()})
+    for order in ((nothing, some), (some, nothing), (nothing, nothing)):
+        table = al.concat([al.Table.from_arrow(part) for part in order])
+        rows = [row for part in order for row in part.to_pylist()]
+        for view, wanted in ((table, rows), (table.select([3, 1, 0, 2]), [rows[i] for i in (3, 1, 0, 2)])):
+            al.write(view, tmp_path / "t.arrow")
+            assert load(tmp_path / "t.arrow").to_pylist() == pa.table(view).to_pylist() == view.to_pylist() == wanted
+    parts = [al.Table.from_pydict({"c": al.array([f"{p}{i}" for i in range(100)], "dictionary<int8, utf8>")})
+             for p in "ab"]
+    both = al.concat(parts)
+    assert both["c"].type == "dictionary<int32, utf8>"       # 200 values are more than int8 counts
+    al.write(both.shuffle(0), tmp_path / "t.arrow")
+    assert load(tmp_path / "t.arrow").to_pylist() == both.shuffle(0).to_pylist()
+    with pytest.raises(ValueError, match="200 distinct values are too many .* wider index"):
+        with al.Writer(tmp_path / "u.arrow", parts[0].schema) as writer:
+            writer.write(parts[0])
+            writer.write(parts[1])
+    assert not (tmp_path / "u.arrow").exists()
+
+
+def test_arrowlite_an_error_while_a_batch_is_made_is_not_the_end_of_the_table(tmp_path):
+    table = al.Table.from_pydict({"x": [1, 2, 3]})
+
+    def fail(k):
+        raise IndexError("within a batch")
+    broken = al.Table(table.schema, al.Lazy(1, fail), [3])
+    path = tmp_path / "t.arrow"
+    for use in (lambda: al.write(broken, path), lambda: al.write(broken.shuffle(0), path), lambda: list(broken),
+                lambda: broken.to_pylist(), lambda: list(broken["x"])):
+        with pytest.raises(IndexError, match="within a batch"):
+            use()
+    assert not (tmp_path / "t.arrow").exists()
+
+
+def test_arrowlite_tables_without_columns_keep_their_rows(tmp_path):
+    for table in (al.Table.from_pylist([{}, {}]), al.Table.from_pydict({"a": [1, 2]}).drop(["a"])):
+        for stream in (False, True):
+            al.write(table, tmp_path / "t.arrow", stream=stream)
+            assert al.read(tmp_path / "t.arrow").num_rows == load(tmp_path / "t.arrow").num_rows == 2
+    (tmp_path / "x.jsonl").write_text("{}\n{}\n")
+    assert al.Table.from_jsonl(tmp_path / "x.jsonl").num_rows == 2
+
+
+def test_arrowlite_anything_that_is_no_table_or_column_is_refused_in_words(tmp_path):
+    table, path = al.Table.from_pydict({"a": [1]}), tmp_path / "t.arrow"
+    assert al.Table.from_pylist({"a": i} for i in range(3)).num_rows == 3               # a generator is read, not lost
+    assert al.concat(part for part in (table, table)).num_rows == 2
+    al.write(pa.table({"a": [1]}), path)
+    assert al.read(path).to_pylist() == [{"a": 1}]
+    with al.Writer(path, {"a": "int8"}) as writer:
+        writer.write({"a": i} for i in range(3))
+        writer.write(pa.table({"a": [3]}))
+    assert al.read(path)["a"].to_pylist() == [0, 1, 2, 3]
+    strict = [al.Field("a", "int8", nullable=False)]
+    assert not al.Table.from_pylist([{"a": 1}], strict).schema.field("a").nullable
+    os.chmod(path, 0o600)
+    al.write(table, path)
+    assert os.stat(path).st_mode & 0o777 == 0o600                                       # not opened up by a rewrite
+    for call, words in ((lambda: al.Table.from_pydict({1: [1]}), "name must be text"), (lambda: al.array(1), "a list"),
+                        (lambda: al.write([1], path), "does not speak"), (lambda: al.concat(table), "a list of one"),
+                        (lambda: al.array("text"), "a list of values"), (lambda: al.array([1], 5), "is no type"),
+                        (lambda: al.Table.from_pydict([1]), "a dict"), (lambda: table.split(math.nan), "nan"),
+                        (lambda: al.Table.from_pylist([1]), "must be dicts"),
+                        (lambda: al.Table.from_pydict({"a": 1}), "column 'a'"),
+                        (lambda: table.map(dict, batch_size=0), "batch_size"),
+                        (lambda: table.map(dict, workers=-1), "workers"),
+                        (lambda: al.Table.from_pylist([{"b": 1}], {"a": "int8"}), "column 'b' is not in"),
+                        (lambda: al.Table.from_pylist([{"a": None}], strict), "nulls, which its schema forbids"),
+                        (lambda: table.map(lambda b: {"a": 1}, batched=True), "a list of values"),
+                        (lambda: al.array([1e300], "float32"), "is no float32"),
+                        (lambda: al.array([2**63], "int64"), "is no int64"),
+                        (lambda: al.array([np.int64(-1), np.uint64(2**64 - 1)]), "64 bits"),
+                        (lambda: al.array([dt.datetime(2020, 1, 1, 5)], "date64"), "is no date64"),
+                        (lambda: al.array(np.array([2**60], "M8[Y]")), "does not fit")):
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert al.array([np.uint64(2**64 - 1), np.int64(1)]).to_pylist() == [2**64 - 1, 1]
+    assert al.array([np.datetime64("NaT"), np.datetime64("2020-01-01")]).to_pylist() == [None, dt.date(2020, 1, 1)]
+    for index in (1.0, None, [0], ("a", "b")):
+        with pytest.raises(TypeError):
+            table[index]
+    assert not hasattr(table, "iloc")
+
+
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 def test_arrowlite_compressed_files_are_read_or_refused_with_the_fix(tmp_path, codec, monkeypatch):
     pytest.importorskip({"lz4": "lz4.frame", "zstd": "zstandard"}[codec])
@@ -486,6 +572,40 @@ def test_arrowlite_lends_until_released_exactly_once():
     del part
     gc.collect()
     assert len(released) == 1
+
+
+def test_arrowlite_lends_thousands_at_once_and_a_stream_only_once():
+    kept = [pa.table(al.Table.from_pydict({"a": [i]})) for i in range(2000)]
+    assert [t["a"][0].as_py() for t in kept] == list(range(2000))
+    del kept
+    gc.collect()
+    assert not al._lent and not al._capsules
+
+    class Once:
+        def __init__(self, capsule):
+            self.capsule = capsule
+
+        def __arrow_c_stream__(self, requested_schema=None):
+            return self.capsule
+    for source in (al.Table.from_pydict({"a": [1]}), pa.table({"a": [1]})):
+        once = Once(source.__arrow_c_stream__())
+        assert al.Table.from_arrow(once).to_pylist() == [{"a": 1}]
+        with pytest.raises(ValueError, match="only once"):
+            al.Table.from_arrow(once)
+    for bad in (object(), [1], pa.chunked_array([[1]])):
+        with pytest.raises(ValueError):
+            al.Table.from_arrow(bad)
+
+
+def test_arrowlite_what_is_lent_may_outlive_the_interpreter():
+    code = ("import arrowlite as al, pyarrow as pa, polars as pl, logging\n"
+            "class H(logging.Handler): pass\n"
+            "logging.getLogger().addHandler(H())\n"          # keeps this module's names until after all others are gone
+            "q = pa.table(al.Table.from_pydict({'a': [1, 2, 3]}))\n"
+            "f = pl.DataFrame(al.Table.from_arrow(q))\n"
+            "b = al.Table.from_arrow(pa.table({'x': ['y']}))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_arrowlite_errors_cross_the_c_interface_as_messages():
@@ -717,12 +837,13 @@ def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
     al.write(whole.shuffle(0), tmp_path / "t.arrow")
     assert load(tmp_path / "t.arrow").to_pylist() == whole.shuffle(0).to_pylist()
     pairs = {("int8", "int32"): "int32", ("uint8", "int8"): "int16", ("int64", "float32"): "float64",
+             ("uint64", "int8"): "uint64",
              ("utf8", "large_utf8"): "large_utf8", ("timestamp[s]", "timestamp[ns]"): "timestamp[ns]",
              ("dictionary<int8, utf8>", "utf8"): "utf8", ("list<int8>", "large_list<null>"): "large_list<int8>",
              ("fixed_size_list<int8>[2]", "list<int16>"): "list<int16>"}
     for (a, b), wanted in pairs.items():
         assert al.unify(al.as_type(a), al.as_type(b)) == al.unify(al.as_type(b), al.as_type(a)) == wanted
-    for a, b in (("int64", "utf8"), ("bool", "int8"), ("uint64", "int64"), ("timestamp[s]", "date32"),
+    for a, b in (("int64", "utf8"), ("bool", "int8"), ("timestamp[s]", "date32"),
                  ("utf8", "binary"), ("date32", "int32"), ("timestamp[s]", "timestamp[s, UTC]"),
                  ("struct<a: int8>", "struct<a: utf8>")):
         with pytest.raises(ValueError, match="no common type"):
@@ -856,6 +977,19 @@ def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_pat
     for workers in (0, 2):
         with pytest.raises(ZeroDivisionError):
             table.map(lambda row: {"y": 1 // (row["x"] - 700)}, workers=workers)
+
+    class Odd(Exception):                                   # its pickle cannot be read
+        def __init__(self, a, b):
+            super().__init__("odd", a)
+
+    def odd(row):
+        raise Odd(1, 2)
+    with pytest.raises(RuntimeError, match="Odd: .*odd"):
+        table.map(odd, workers=2)
+    strict = al.Table.from_pylist([{"a": 1}], [al.Field("a", "int8", False, {"k": "v"})])
+    assert strict.map(lambda row: row | {"b": 2}).schema.field("a") == strict.schema.field("a")
+    with pytest.raises(KeyError):
+        table.map(add, remove_columns=["nope"])
     with pytest.raises(Exception, match="terminated abruptly"):
         table.map(lambda row: os._exit(1) if row["x"] == 700 else {}, workers=2)
 
