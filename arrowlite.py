@@ -772,8 +772,12 @@ class Column:
         return getattr(self.combine(), name)
 
     def __getitem__(self, i):
+        """A row as a Python value (of a table: a dict), a slice as a column or table, a member of structs by name."""
         if isinstance(i, slice):
             return self.select(range(len(self))[i])
+        if isinstance(i, str) and self.type.layout == "struct":
+            k = self.schema.position(i)
+            return self._over(Column, self.schema.field(i), lambda a: a.children[k])
         row = int(self.rows[_row(i, len(self))])
         chunk = bisect_right(self.starts, row) - 1
         return self.chunks[chunk].at(row - self.starts[chunk])
@@ -954,13 +958,6 @@ class Table(Column):
                 with _naming(f"row {i}: "):
                     file.write(json.dumps(row, ensure_ascii=False, default=_json_value).encode() + b"\n")
 
-    def __getitem__(self, key):
-        """A row as a dict, a slice as a table, or a column by its name."""
-        if not isinstance(key, str):
-            return super().__getitem__(key)
-        k = self.schema.position(key)
-        return self._over(Column, self.schema.field(key), lambda a: a.children[k])
-
     def _members(self, names: dict[str, str]) -> Table:
         """The columns of these names, {here: in the new table}."""
         places = [self.schema.position(name) for name in names]
@@ -968,15 +965,15 @@ class Table(Column):
         schema = Schema(fields, self.schema.metadata)
         return self._over(Table, schema, lambda a: Array(schema.type, len(a), None, [a.children[p] for p in places]))
 
-    def select_columns(self, names: list[str]) -> Table:
-        return self._members({name: name for name in ([names] if isinstance(names, str) else names)})
+    def select_columns(self, *names: str | list[str]) -> Table:
+        return self._members({name: name for part in names for name in ([part] if isinstance(part, str) else part)})
 
-    def drop(self, names: list[str]) -> Table:
-        gone = self.select_columns(names).schema.names
+    def drop(self, *names: str | list[str]) -> Table:
+        gone = self.select_columns(*names).schema.names
         return self.select_columns([name for name in self.schema.names if name not in gone])
 
     def rename(self, names: dict[str, str]) -> Table:
-        self.select_columns(names)                      # which names those that are not there
+        self.select_columns(*names)                     # which names those that are not there
         return self._members({name: names.get(name, name) for name in self.schema.names})
 
     def with_column(self, name: str, values, type=None) -> Table:
@@ -1333,6 +1330,10 @@ def _padding(n: int) -> bytes: return bytes(-n % 64)        # 64 bytes: a cache 
 def _atomic(path):
     """A file that appears under its name whole and on disk, or not at all."""
     final = os.path.realpath(path)
+    if os.path.exists(final) and not os.path.isfile(final) and not os.path.isdir(final):
+        with open(final, "wb") as device:                   # a pipe or /dev/null: nothing to replace
+            yield device
+        return
     if os.path.isdir(final) or not os.path.isdir(os.path.dirname(final)):
         raise FileNotFoundError(f"{path} cannot be a file: it is a directory, or in none; make the directory first")
     temporary = f"{final}.{uuid.uuid4().hex}.tmp"

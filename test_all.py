@@ -788,6 +788,8 @@ def test_arrowlite_columns_can_be_added_renamed_dropped_and_chosen(tmp_path):
         assert table.rename({"i": "I"}).drop(["t", "l"]).to_pylist() == fewer
         assert table.select_columns(["b", "i"]).column_names == ["b", "i"]
         assert wider.num_columns == 6 and wider.num_rows == len(wider) == 50 and wider.nbytes > 0
+    assert table.drop("t", "l").column_names == ["i", "s", "b"] == table.select_columns("i", ["s", "b"]).column_names
+    assert table["s"]["a"].to_pylist()[:3] == [r["s"] and r["s"]["a"] for r in rows[:3]]
     one = al.Table.from_pydict({}).with_column("x", [1, 2])
     assert one.to_pylist() == [{"x": 1}, {"x": 2}]
 
@@ -1108,6 +1110,14 @@ def test_arrowlite_a_full_disk_raises_and_leaves_nothing(tmp_path):
     for rows in (200_000, 140_000, 1_000_000):      # over the limit in the middle, in the last flush, by far
         assert in_child(fill, rows) == ["t.arrow"]
         assert al.read(path).to_pylist() == [{"x": 1}]
+
+
+def test_arrowlite_devices_and_pipes_are_written_not_replaced(tmp_path):
+    table = al.Table.from_pydict({"x": np.arange(1000)})
+    al.write(table, "/dev/null")
+    with pytest.raises(OSError, match="No space left"):
+        al.write(table, "/dev/full")
+    assert os.path.exists("/dev/full") and not os.path.isfile("/dev/full") and not os.path.isfile("/dev/null")
 
 
 def test_arrowlite_writer_takes_the_columns_and_types_of_its_schema(tmp_path):
