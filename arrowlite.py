@@ -819,12 +819,11 @@ class Column:
             return sum(a.nbytes for a in self.pieces()[0])
         return sum(a.nbytes for a in self.chunks) * len(self) // max(1, self.starts[-1])    # their share: none is read
 
-    def batches(self) -> list[Array] | Lazy:
-        """The rows as arrays: as the chunks lie, or gathered a stretch at a time after a shuffle."""
-        if isinstance(self.rows, range):
-            return self.pieces()[0]
-        step = max(1, (64 << 20) * len(self) // (self.nbytes + 1))
-        return Lazy(-(-len(self) // step), lambda k: self[k * step : (k + 1) * step].combine())
+    def batches(self):
+        """The rows as arrays, one after the other: as the chunks lie, or gathered by 64 MB after a shuffle."""
+        step = max(1, (64 << 20) * len(self) // (self.nbytes + 48 * len(self) + 1))     # 48: of row numbers, see pieces
+        gathered = (self[start : start + step].combine() for start in range(0, len(self), step))
+        yield from self.pieces()[0] if isinstance(self.rows, range) else gathered
 
     def cast(self, kind) -> Column:
         """The same values as another type; a ValueError if one would change."""
@@ -1387,10 +1386,10 @@ class Writer:
         if not isinstance(rows, Table):
             known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
             rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)
-        pieces, batches = [], rows.cast(self.schema.type).batches()
-        for left, piece in zip(range(len(batches) - 1, -1, -1), batches):
-            pieces.append(piece)
-            if not left or sum(a.nbytes for a in pieces) >= 16 << 20:
+        pieces = []
+        for piece in itertools.chain(rows.cast(self.schema.type).batches(), [None]):
+            pieces += [piece] if piece else []
+            if pieces and (not piece or sum(a.nbytes for a in pieces) >= 16 << 20):
                 self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
                 pieces = []
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import tracemalloc
 import warnings
 from decimal import Decimal
 from pathlib import Path
@@ -823,6 +824,19 @@ def test_arrowlite_a_saved_shuffle_is_dense_and_no_larger(tmp_path):
         for _ in range(100):
             writer.write(al.concat([al.Table.from_pydict({"x": [i]}) for i in range(50)]))
     assert len(al.read(tmp_path / "e.arrow").chunks) == 100       # pieces of one write are joined
+
+
+def test_arrowlite_saving_a_shuffle_needs_the_memory_of_a_batch(tmp_path):
+    n = 32 << 20
+    al.write(al.Table.from_pydict({"x": np.arange(n)}), tmp_path / "a.arrow")           # 256 MB
+    shuffled = al.read(tmp_path / "a.arrow").shuffle(0)
+    tracemalloc.start()
+    al.write(shuffled, tmp_path / "b.arrow")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 180 << 20
+    again = al.read(tmp_path / "b.arrow")
+    assert len(again.chunks) < 20 and again[n - 1] == shuffled[n - 1]
 
 
 def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
