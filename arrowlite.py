@@ -318,16 +318,19 @@ class Array:
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Array:
         """Rows start : start + length of every span, joined. Long spans are copied span by span, because an index
         array costs 8 bytes and some 5 ns an item; short ones are not worth a Python step each."""
-        total = int(lengths.sum())
-        if self.type.layout == "fixed" and self.valid is None and total > 48 * len(lengths):
+        total, data = int(lengths.sum()), self.data
+        flat = self.type.layout == "fixed" and isinstance(data, np.ndarray) and self.valid is None
+        if flat and total > 48 * len(lengths):
             spans = zip(starts.tolist(), (starts + lengths).tolist())
-            return Array(self.type, total, np.concatenate([np.asarray(self.data[slice(a, b)]) for a, b in spans]))
+            return Array(self.type, total, np.concatenate([data[a:b] for a, b in spans]))
         shift = starts - (np.cumsum(lengths) - lengths)     # from a row's number in the result to its number here
         return self.pick(np.repeat(shift, lengths) + np.arange(total))
 
     @property
     def null_count(self) -> int:
-        return self.length if self.type.name == "null" else self.length - int(np.count_nonzero(self.present()))
+        if self.valid is None:
+            return self.length if self.type.name == "null" else 0
+        return self.length - int(np.count_nonzero(self.valid))
 
     @property
     def nbytes(self) -> int:
@@ -1563,8 +1566,6 @@ def _decompress(data: np.ndarray, codec: int) -> np.ndarray:
             library.ZstdDecompressor().stream_reader(data.tobytes()).read(size))
     except Exception as error:                              # each library has errors of its own
         raise ValueError(f"a compressed buffer is damaged: {error}") from None
-    if len(out) != size:
-        raise ValueError("a compressed buffer is damaged")
     return np.frombuffer(out, np.uint8)
 
 # --- the C interface: tables pass between libraries as pointers ------------------------------------------------------

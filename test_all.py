@@ -682,6 +682,18 @@ def test_arrowlite_every_changed_byte_of_metadata_gives_an_error_or_data(tmp_pat
     assert isinstance(counts, dict) and set(counts) <= {"ValueError", "read"} and counts["ValueError"] > 100, counts
 
 
+def test_arrowlite_forged_lengths_of_rows_without_bytes_are_refused(tmp_path):
+    honest = struct.pack("<q", 12345)
+    listed = pa.array([[None] * 12345], pa.large_list(pa.null()))
+    for table in (pa.table({"n": pa.nulls(12345)}), pa.table({"l": listed})):
+        data = save(table, tmp_path / "t.arrows", stream=True).read_bytes()
+        assert honest in data and al.read(tmp_path / "t.arrows").to_pylist() == table.to_pylist()
+        for forged in (2**40, 2**62, -1, -(2**63)):
+            (tmp_path / "t.arrows").write_bytes(data.replace(honest, struct.pack("<q", forged)))
+            with pytest.raises(ValueError, match="t.arrows"):
+                al.read(tmp_path / "t.arrows").to_pylist()
+
+
 @pytest.mark.parametrize("rounds", [1000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_arrowlite_survives_mutations(tmp_path, rounds):
     examples, rng = list(hostile_examples(tmp_path)), random.Random(1)
