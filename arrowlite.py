@@ -1385,14 +1385,14 @@ class Writer:
             self.file.flush()
 
     def write(self, rows: Table | list[dict] | dict[str, list]) -> None:
-        """Add a table, a list of rows or a dict of columns; its small pieces are joined to batches of 16 MB or more."""
+        """Add a table, a list of rows or a dict of columns; its small pieces are joined to batches of 64 MB."""
         if not isinstance(rows, Table):
             known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
             rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)
         pieces = []
         for piece in itertools.chain(rows.cast(self.schema.type).batches(), [None]):
             pieces += [piece] if piece else []
-            if pieces and (not piece or sum(a.nbytes for a in pieces) >= 16 << 20):
+            if pieces and (not piece or sum(a.nbytes for a in pieces) >= 64 << 20):
                 self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
                 pieces = []
 
