@@ -369,20 +369,22 @@ class Array:
                 values = np.asarray(self.data)
                 out = _as_objects(values).tolist() if self.type.plain else _python_times(self.type, values)
             case "bytes":
-                ends, items, text = self.used()[0].tolist(), self.used()[1].data.tobytes(), self.type.family == "utf8"
+                offsets, child = self.used()
+                ends, items, text = offsets.tolist(), child.data.tobytes(), self.type.family == "utf8"
                 if text and items.isascii():                # one decoding for all rows, then cuts
                     items, text = items.decode(), False
                 out = [items[a:b] for a, b in zip(ends, ends[1:])]
                 if text:                                    # a null's bytes need not be text
                     out = [row.decode() if ok else None for row, ok in zip(out, self.present().tolist())]
             case "list" | "fixed_list":
-                ends, items = self.used()[0].tolist(), self.used()[1]
+                offsets, items = self.used()
+                spans = itertools.pairwise(offsets.tolist())
                 if items.type.plain and items.valid is None:
                     objects = _as_objects(np.asarray(items.data))
-                    out = [objects[a:b].tolist() for a, b in zip(ends, ends[1:])]
+                    out = [objects[a:b].tolist() for a, b in spans]
                 else:
                     objects = items.to_pylist()
-                    out = [objects[a:b] for a, b in zip(ends, ends[1:])]
+                    out = [objects[a:b] for a, b in spans]
             case "struct":
                 names, members = [f.name for f in self.type.fields], [child.to_pylist() for child in self.children]
                 out = [dict(zip(names, row)) for row in zip(*members)] if names else [{} for _ in range(self.length)]
@@ -535,7 +537,7 @@ def _build(values: list) -> Array:
         names = dict.fromkeys(itertools.chain.from_iterable(some))
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"the names of a struct must be text: {list(names)[:5]}")
-        members = {name: _build([v and v.get(name) for v in values]) for name in names}
+        members = {name: _build([None if v is None else v.get(name) for v in values]) for name in names}
         kind = Type("struct", tuple(Field(name, member.type) for name, member in members.items()))
         return Array(kind, n, None, members.values(), valid)
     if family in ("list", "utf8", "binary"):
@@ -613,7 +615,7 @@ def _from_numpy(a: np.ndarray) -> Array:
 
 def unify(a: Type, b: Type) -> Type:
     """The narrowest type that holds the values of both without loss."""
-    if a == b or "null" in (a.name, b.name):
+    if "null" in (a.name, b.name) or a == b and a.name != "struct":
         return b if a.name == "null" else a
     if "dictionary" in (a.name, b.name):
         return unify(*(t.item if t.name == "dictionary" else t for t in (a, b)))
@@ -631,12 +633,14 @@ def unify(a: Type, b: Type) -> Type:
             return _list_of(unify(a.item, b.item), a.name, a.size)
         return _list_of(unify(a.item, b.item), "large_list" if "large_list" in (a.name, b.name) else "list")
     elif layouts == {"struct"}:
-        members = {f.name: f for f in a.fields}
-        for f in b.fields:
-            mine = members.get(f.name, f)
-            with _naming(f"column {f.name!r}: "):
-                members[f.name] = replace(mine, type=unify(mine.type, f.type), nullable=mine.nullable or f.nullable)
-        return Type("struct", tuple(members.values()))
+        mine, theirs = ({f.name: f for f in t.fields} for t in (a, b))
+        members = theirs | mine
+        for name, f in members.items():
+            with _naming(f"column {name!r}: "):
+                kind = unify(f.type, theirs.get(name, f).type)
+            strict = all(name in part and not part[name].nullable for part in (mine, theirs))
+            members[name] = replace(f, type=kind, nullable=not strict)              # where it is missing it is null
+        return Type("struct", tuple(members[name] for name in mine | theirs))
     raise ValueError(f"{a} and {b} have no common type; make them alike first")
 
 @contextlib.contextmanager

@@ -876,6 +876,11 @@ def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
                  ("struct<a: int8>", "struct<a: utf8>")):
         with pytest.raises(ValueError, match="no common type"):
             al.concat([al.Table.from_pylist([], {"c": a}), al.Table.from_pylist([], {"c": b})])
+    strict, loose = ([al.Field("x", "int8", nullable=nullable)] for nullable in (False, True))
+    one, two = al.Table.from_pylist([{"x": 1}], strict), al.Table.from_pylist([{"x": None}], loose)
+    for parts, nullable in (([one, one], False), ([one, two], True), ([one, al.Table.from_pydict({"y": [1]})], True)):
+        assert al.concat(parts).schema.field("x").nullable == nullable
+        assert pa.table(al.concat(parts[::-1])).schema.field("x").nullable == nullable
     with pytest.raises(ValueError, match="column 'x': .*9007199254740993"):
         al.concat([al.Table.from_pydict({"x": [2**53 + 1]}), al.Table.from_pydict({"x": [0.5]})]).to_pylist()
 
@@ -907,6 +912,7 @@ def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
         assert a.null_count == values.count(None) and pa.chunked_array(a).to_pylist() == sane(expected) or "ns" in kind
         assert al.array(a, kind).type == kind and al.array(a[1:], kind).to_pylist() == expected[1:]
     day = dt.datetime(2020, 1, 1)
+    assert al.array([{"a": 1}, {}, None]).to_pylist() == [{"a": 1}, {"a": None}, None]
     for values, kind in (([2**64], None), ([-1, 2**63], None), ([1, "a"], None), ([True, 1], None), ([object()], None),
                          ([{1: 2}], None), ([300], "int8"), ([-1], "uint8"), ([1.5], "int64"), (["a"], "int64"),
                          ([2**53 + 1], "float64"), ([b"abc"], "fixed_size_binary[2]"),
