@@ -1592,7 +1592,8 @@ _new_capsule = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_cha
 _address = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi))
 _lent = {}                  # address of a flag -> (flag, what was lent with it, everything that has to stay alive)
-_capsules = {}              # address of a C stream -> (the capsule it is in, the stream)
+# address of a C stream -> (the capsule it is in, the stream); the first shows the reference count of what nobody holds
+_capsules = {0: (object(), None)}
 
 @functools.cache
 def _release_function(layout) -> int:
@@ -1626,8 +1627,11 @@ def _sweep(phase: str = "stop", info=None) -> None:
     """Let go of what has been released. Called whenever something is lent, and by full garbage collections."""
     if phase != "stop" or info and info["generation"] < 2:
         return
+    unheld = 0
     for address, (capsule, stream) in _capsules.copy().items():     # copies: a collection may call this in the middle
-        if sys.getrefcount(capsule) <= 4:                           # held by these two and two names: nobody else
+        count = sys.getrefcount(capsule)
+        unheld = count if stream is None else unheld
+        if stream and count <= unheld:
             _capsules.pop(address, None)
             if stream.release:                                      # and nobody took the stream out of it
                 _forget(stream.private)
