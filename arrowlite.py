@@ -132,7 +132,10 @@ class Field:
     def field(self, name: str) -> Field: return self.type.fields[self.position(name)]
     def __iter__(self): return iter(self.type.fields)
     def __len__(self) -> int: return len(self.type.fields)
-    def __str__(self) -> str: return "\n".join(f"{f.name}: {f.type}{' not null' * (not f.nullable)}" for f in self)
+    def __str__(self) -> str:
+        is_schema = self.type.layout == "struct" and not self.name
+        return "\n".join(map(str, self)) if is_schema else f"{self.name}: {self.type}{' not null' * (not self.nullable)}"
+
     def position(self, name: str) -> int:
         if name not in self.names:
             raise KeyError(f"no column {name!r}; there are: {', '.join(self.names) or 'none'}")

@@ -276,6 +276,7 @@ def test_arrowlite_metadata_of_schema_and_fields_survives(tmp_path):
     assert load(tmp_path / "u.arrow").schema.equals(schema, check_metadata=True)
     assert pa.table(al.read(path)).schema.equals(schema, check_metadata=True)
     assert al.read(path).schema.metadata == {b"a": "é".encode()}
+    assert str(al.read(path).schema) == "x: list<int8> not null" == str(al.read(path).schema.field("x"))
     assert pa.table(al.Table.from_arrow(pa.table(al.read(path)))).schema.equals(schema, check_metadata=True)
 
 
