@@ -133,8 +133,9 @@ class Field:
     def __iter__(self): return iter(self.type.fields)
     def __len__(self) -> int: return len(self.type.fields)
     def __str__(self) -> str:
-        is_schema = self.type.layout == "struct" and not self.name
-        return "\n".join(map(str, self)) if is_schema else f"{self.name}: {self.type}{' not null' * (not self.nullable)}"
+        if self.type.layout == "struct" and not self.name:          # a schema
+            return "\n".join(map(str, self))
+        return f"{self.name}: {self.type}{' not null' * (not self.nullable)}"
 
     def position(self, name: str) -> int:
         if name not in self.names:
