@@ -1397,12 +1397,14 @@ class Writer:
         if not isinstance(rows, Table):
             known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
             rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)
-        pieces = []
+        pieces, size = [], 0
         for piece in itertools.chain(rows.cast(self.schema.type).batches(), [None]):
-            pieces += [piece] if piece else []
-            if pieces and (not piece or sum(a.nbytes for a in pieces) >= 64 << 20):
+            if pieces and (piece is None or size >= 64 << 20):
                 self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
-                pieces = []
+                pieces, size = [], 0
+            if piece is not None:
+                pieces.append(piece)
+                size += piece.nbytes
 
     def _put(self, data) -> None: self.at += self.file.write(data)
 
