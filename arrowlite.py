@@ -1209,6 +1209,8 @@ def _type_node(kind: Type) -> dict:
 def _field_node(f: Field, ids) -> dict:
     encoding, kind = None, f.type
     if kind.name == "dictionary":
+        if "dictionary" in kind.item.text:
+            raise ValueError(f"column {f.name!r}: a dictionary within a dictionary cannot be written; cast it first")
         encoding, kind = {0: ("q", next(ids)), 1: _type_node(kind.index), 2: ("B", kind.ordered)}, kind.item
     return {0: f.name.encode(), 1: ("B", f.nullable), 2: ("B", _TYPES[kind.name][1]), 3: _type_node(kind), 4: encoding,
             5: [_field_node(child, ids) for child in kind.fields], 6: _pairs_node(f.metadata)}

@@ -328,6 +328,16 @@ def test_arrowlite_dictionaries_of_different_values_become_one(tmp_path):
     assert not (tmp_path / "u.arrow").exists()
 
 
+def test_arrowlite_a_dictionary_within_a_dictionary_is_read_and_not_written_wrongly(tmp_path):
+    inner = pa.ListArray.from_arrays([0, 2, 3], pa.array(["a", "b", "a"]).dictionary_encode())
+    table = pa.table({"c": pa.DictionaryArray.from_arrays([1, 0, 1], inner)})
+    ours = al.Table.from_arrow(table)
+    assert ours.to_pylist() == table.to_pylist()
+    with pytest.raises(ValueError, match="column 'c': a dictionary within"):
+        al.write(ours, tmp_path / "t.arrow")
+    assert not list(tmp_path.iterdir())
+
+
 def test_arrowlite_an_error_while_a_batch_is_made_is_not_the_end_of_the_table(tmp_path):
     table = al.Table.from_pydict({"x": [1, 2, 3]})
 
