@@ -3,20 +3,25 @@
 bash run.sh test            everything that is quick
 bash run.sh test all        and what takes minutes or gigabytes
 """
+import asyncio
 import ctypes
 import datetime as dt
 import gc
+import importlib
 import io
 import json
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import tracemalloc
@@ -27,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import actors as small_ray
 import arrowlite as al
 
 HERE = Path(__file__).parent
@@ -1238,6 +1244,1194 @@ def test_arrowlite_demo_runs():
     done = subprocess.run([sys.executable, str(HERE / "arrowlite.py")], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "1 shuffled row" in done.stdout
+
+
+# --- actors.py -------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module", params=["actors", "ray"])
+def ray(request):
+    """The same claims, of the small Ray and of the real one."""
+    module = pytest.importorskip(request.param)
+    for name in ("exceptions", "util.queue", "util.placement_group", "util.scheduling_strategies"):
+        importlib.import_module(f"{request.param}.{name}")
+    module.init(num_cpus=4, resources={"token": 2}, include_dashboard=False, logging_level="ERROR", log_to_driver=False)
+    yield module
+    module.shutdown()
+
+
+@pytest.fixture
+def small():
+    """The small Ray alone, with GPUs that need not exist and little memory."""
+    small_ray.init(num_cpus=4, num_gpus=2, object_store_memory=400 << 20)
+    yield small_ray
+    small_ray.shutdown()
+
+
+def eventually(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass in time"
+        time.sleep(0.02)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_tasks_take_arguments_and_return_values(ray):
+    @ray.remote
+    def f(a, b=2, *rest, key=None):
+        return a, b, rest, key
+
+    @ray.remote(num_cpus=2)
+    def nothing():
+        return None
+
+    assert ray.get(f.remote(1)) == (1, 2, (), None)
+    assert ray.get(f.remote(1, 3, 4, 5, key="k")) == (1, 3, (4, 5), "k")
+    assert ray.get(nothing.remote()) is None
+    assert ray.get(nothing.options(num_cpus=1).remote()) is None
+    assert ray.get(ray.remote(lambda x: x + 1).remote(1)) == 2
+    with pytest.raises(TypeError):
+        f(1)
+
+
+def test_a_task_returns_as_many_values_as_it_says(ray):
+    @ray.remote(num_returns=3)
+    def three():
+        return 1, "two", [3]
+
+    @ray.remote(num_returns=0)
+    def none():
+        return None
+
+    assert ray.get(three.remote()) == [1, "two", [3]]
+    assert none.remote() is None
+    assert ray.get(three.options(num_returns=1).remote()) == (1, "two", [3])
+    with pytest.raises(ValueError):
+        ray.get(three.options(num_returns=2).remote())
+
+
+def test_refs_are_resolved_as_arguments_but_not_in_containers(ray):
+    @ray.remote
+    def one():
+        return 1
+
+    @ray.remote
+    def look(a, nested, *, key, more):
+        return a, key, type(nested[0]).__name__, ray.get(nested[0]), type(more["x"]).__name__, ray.get(more["x"])
+
+    ref = one.remote()
+    assert ray.get(look.remote(ref, [ref], key=ray.put(5), more={"x": ref})) == (1, 5, "ObjectRef", 1, "ObjectRef", 1)
+
+
+def test_nested_tasks_never_deadlock(ray):
+    @ray.remote
+    def leaves(depth):
+        return 1 if depth == 0 else sum(ray.get([leaves.remote(depth - 1), leaves.remote(depth - 1)]))
+    assert ray.get(leaves.remote(4), timeout=60) == 16          # up to 31 tasks that hold or wait for one of 4 CPUs
+
+
+def test_a_failed_argument_fails_the_task_with_its_cause(ray):
+    @ray.remote
+    def fail():
+        raise KeyError("lost")
+
+    @ray.remote
+    def use(x, y=None):
+        return x
+
+    for ref in (use.remote(fail.remote()), use.remote(1, y=fail.remote()), use.remote(use.remote(fail.remote()))):
+        with pytest.raises(KeyError):
+            ray.get(ref)
+
+
+def test_errors_keep_their_type_and_their_traceback(ray):
+    class Custom(Exception):
+        def __init__(self, code):
+            super().__init__(f"code {code}")
+            self.code = code
+
+        def __reduce__(self):
+            return Custom, (self.code,)
+
+    @ray.remote
+    def fail():
+        raise Custom(7)
+
+    @ray.remote
+    def outer():
+        return ray.get(fail.remote())
+
+    @ray.remote
+    def missing_file():
+        open("/no/such/file")
+
+    with pytest.raises(Custom) as caught:
+        ray.get(fail.remote())
+    assert isinstance(caught.value, ray.exceptions.RayTaskError)
+    assert "raise Custom(7)" in str(caught.value) and caught.value.cause.code == 7
+    with pytest.raises(Custom):
+        ray.get(outer.remote())
+    with pytest.raises(FileNotFoundError):
+        ray.get(missing_file.remote())
+
+
+def test_errors_that_cannot_be_pickled_still_arrive(ray):
+    class Holds(Exception):
+        def __init__(self):
+            super().__init__("it has a lock")
+            self.lock = threading.Lock()
+
+    class Breaks(Exception):
+        def __init__(self, a, b):
+            super().__init__("it needs two")
+
+    @ray.remote
+    def holds():
+        raise Holds()
+
+    @ray.remote
+    def breaks():
+        raise Breaks(1, 2)
+
+    with pytest.raises(ray.exceptions.RayError, match="it has a lock"):
+        ray.get(holds.remote())
+    with pytest.raises(ray.exceptions.RayError, match="it needs two"):
+        ray.get(breaks.remote())
+
+
+def test_actors_keep_state_and_order(ray):
+    @ray.remote
+    class Log:
+        def __init__(self, first):
+            self.items = [first]
+
+        def add(self, item):
+            self.items.append(item)
+            return len(self.items)
+
+        def all(self):
+            return self.items
+
+    @ray.remote
+    def slow():
+        time.sleep(0.3)
+        return "slow"
+
+    log = Log.remote("first")
+    assert ray.get([log.add.remote(i) for i in range(100)]) == list(range(2, 102))
+    log.add.remote(slow.remote())                               # its argument comes late, but it goes first
+    log.add.remote("quick")
+    assert ray.get(log.all.remote()) == ["first", *range(100), "slow", "quick"]
+
+
+def test_a_failed_argument_does_not_hold_up_the_calls_behind_it(ray):
+    @ray.remote
+    def fail():
+        time.sleep(0.2)
+        raise KeyError
+
+    @ray.remote
+    class Actor:
+        def f(self, x):
+            return x
+
+    actor = Actor.remote()
+    first, second = actor.f.remote(fail.remote()), actor.f.remote(2)
+    assert ray.get(second, timeout=20) == 2
+    with pytest.raises(KeyError):
+        ray.get(first)
+
+
+def test_a_constructor_that_fails_fails_all_calls(ray):
+    @ray.remote
+    class Bad:
+        def __init__(self):
+            raise ValueError("no such thing")
+
+        def f(self):
+            return 1
+
+    with pytest.raises(ray.exceptions.RayActorError, match="no such thing"):
+        ray.get(Bad.remote().f.remote())
+
+
+def test_named_actors_are_found_and_their_names_come_free(ray):
+    @ray.remote
+    class Actor:
+        def pid(self):
+            return os.getpid()
+
+    def is_free():
+        try:
+            return not ray.get_actor("one")
+        except ValueError:
+            return True
+
+    actor = Actor.options(name="one").remote()
+    pid = ray.get(actor.pid.remote())
+    assert ray.get(ray.get_actor("one").pid.remote()) == pid
+    assert ray.get(Actor.options(name="one", get_if_exists=True).remote().pid.remote()) == pid
+    with pytest.raises(ValueError):
+        Actor.options(name="one").remote()
+    ray.kill(actor)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.pid.remote())
+    eventually(is_free)
+    again = Actor.options(name="one").remote()
+    assert ray.get(again.pid.remote()) != pid
+    with pytest.raises(ValueError):
+        ray.get_actor("nobody")
+
+
+def test_handles_travel_to_tasks_and_actors(ray):
+    @ray.remote
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+        def add(self):
+            self.count += 1
+            return self.count
+
+    @ray.remote
+    def use(counter):
+        return ray.get(counter.add.remote())
+
+    @ray.remote
+    class Owner:
+        def __init__(self, counters):
+            self.counters = counters
+
+        def use(self):
+            return ray.get(self.counters[0].add.remote())
+
+    counter = Counter.remote()
+    owner = Owner.remote([counter])
+    assert ray.get(use.remote(counter)) == 1
+    assert ray.get(owner.use.remote()) == 2
+    del counter
+    assert ray.get(owner.use.remote()) == 3                     # the owner's handle keeps it alive
+
+
+def test_threaded_actors_run_calls_at_the_same_time(ray):
+    @ray.remote(max_concurrency=4)
+    class Meeting:
+        def __init__(self):
+            self.barrier = threading.Barrier(4)
+
+        def join(self):
+            return self.barrier.wait(20) >= 0
+
+    meeting = Meeting.remote()
+    assert all(ray.get([meeting.join.remote() for _ in range(4)], timeout=30))
+
+
+def test_async_actors_have_many_calls_in_flight(ray):
+    @ray.remote
+    class Gate:
+        def __init__(self):
+            self.event, self.count = asyncio.Event(), 0
+
+        async def wait(self):
+            self.count += 1
+            await self.event.wait()
+            return self.count
+
+        async def open(self):
+            self.event.set()
+
+        def waiting(self):
+            return self.count
+
+    gate = Gate.remote()
+    refs = [gate.wait.remote() for _ in range(200)]
+    eventually(lambda: ray.get(gate.waiting.remote()) == 200)
+    ray.get(gate.open.remote())
+    assert ray.get(refs, timeout=20) == [200] * 200
+
+
+def test_refs_are_awaited_inside_and_outside_of_actors(ray):
+    @ray.remote
+    def square(x):
+        if x is None:
+            raise KeyError
+        return x * x
+
+    @ray.remote
+    class Sum:
+        async def of(self, numbers):
+            return sum(await asyncio.gather(*[square.remote(i) for i in numbers]))
+
+        async def fail(self):
+            try:
+                await square.remote(None)
+            except KeyError:
+                return "caught"
+
+    async def main():
+        assert await square.remote(3) == 9
+        return await asyncio.gather(*[square.remote(i) for i in range(6)], asyncio.wait_for(square.remote(9), 20))
+
+    actor = Sum.remote()
+    assert ray.get(actor.of.remote(range(5))) == 30
+    assert ray.get(actor.fail.remote()) == "caught"
+    for _ in range(2):                                          # each time in an event loop of its own
+        assert asyncio.run(main()) == [0, 1, 4, 9, 16, 25, 81]
+
+
+def test_an_actor_calls_itself_by_its_handle(ray):
+    @ray.remote
+    class Chain:
+        def me(self):
+            return ray.get_runtime_context().current_actor
+
+        async def follow(self, n):
+            return "end" if n == 0 else await ray.get_runtime_context().current_actor.follow.remote(n - 1)
+
+    chain = Chain.remote()
+    assert ray.get(chain.follow.remote(5)) == "end"
+    assert ray.get(ray.get(chain.me.remote()).follow.remote(0)) == "end"
+
+
+def test_actors_end_when_they_say_so_or_when_no_handle_is_left(ray):
+    @ray.remote
+    class Actor:
+        def pid(self):
+            return os.getpid()
+
+        def slow(self):
+            time.sleep(0.3)
+            return "done"
+
+        def leave(self):
+            ray.actor.exit_actor()
+
+    actor = Actor.remote()
+    pid = ray.get(actor.pid.remote())
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.leave.remote())
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(actor.pid.remote())
+    eventually(lambda: not alive(pid))
+    assert ray.get(Actor.remote().slow.remote()) == "done"      # calls that were made are still answered
+    actor = Actor.remote()
+    pid = ray.get(actor.pid.remote())
+    assert alive(pid)
+    del actor
+    eventually(lambda: not alive(pid))
+
+
+def test_actors_restart_and_calls_are_tried_again(ray, tmp_path):
+    @ray.remote(max_restarts=1, max_task_retries=1)
+    class Actor:
+        def __init__(self):
+            self.count = 0
+
+        def add(self):
+            self.count += 1
+            return self.count
+
+        def pid(self):
+            return os.getpid()
+
+        def die_once(self, path):
+            if not os.path.exists(path):
+                open(path, "w").close()
+                os._exit(1)
+            return "alive"
+
+    actor = Actor.remote()
+    assert ray.get([actor.add.remote(), actor.add.remote()]) == [1, 2]
+    assert ray.get(actor.die_once.remote(str(tmp_path / "died")), timeout=30) == "alive"
+    assert ray.get(actor.add.remote()) == 1                     # a new state
+    os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)        # once too often
+    with pytest.raises(ray.exceptions.RayActorError):
+        for _ in range(100):
+            ray.get(actor.add.remote(), timeout=30)
+            time.sleep(0.05)
+
+
+def test_kill_may_be_a_restart(ray):
+    @ray.remote(max_restarts=-1, max_task_retries=-1)
+    class Actor:
+        def pid(self):
+            return os.getpid()
+
+    actor = Actor.remote()
+    first = ray.get(actor.pid.remote())
+    ray.kill(actor, no_restart=False)
+    eventually(lambda: not alive(first))
+    assert ray.get(actor.pid.remote(), timeout=30) != first
+
+
+@pytest.mark.parametrize("how", ["os._exit(1)", "os.kill(os.getpid(), signal.SIGKILL)", "ctypes.string_at(0)"])
+def test_crashes_fail_what_was_running_by_name(ray, how):
+    @ray.remote(max_retries=0)
+    def crash():
+        exec(how, {"os": os, "signal": signal, "ctypes": ctypes})
+
+    @ray.remote
+    class Actor:
+        def crash(self):
+            exec(how, {"os": os, "signal": signal, "ctypes": ctypes})
+
+        def f(self):
+            return 1
+
+    actor, deadline = Actor.remote(), 1 if ray is small_ray else 20        # noticed within a second
+    ray.get(actor.f.remote())
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(crash.remote(), timeout=deadline)
+    for ref in [actor.crash.remote(), *[actor.f.remote() for _ in range(3)]]:
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(ref, timeout=deadline)
+
+
+def test_tasks_are_tried_again_when_their_process_dies(ray, tmp_path):
+    @ray.remote
+    def die_twice(path):
+        with open(path, "a") as file:
+            file.write("x")
+        if os.path.getsize(path) < 3:
+            os._exit(1)
+        return os.path.getsize(path)
+
+    @ray.remote(retry_exceptions=True, max_retries=2)
+    def fail_twice(path):
+        with open(path, "a") as file:
+            file.write("x")
+        if os.path.getsize(path) < 3:
+            raise ValueError
+        return os.path.getsize(path)
+
+    assert ray.get(die_twice.remote(str(tmp_path / "died")), timeout=30) == 3
+    assert ray.get(fail_twice.remote(str(tmp_path / "failed")), timeout=30) == 3
+
+
+def test_get_takes_lists_and_timeouts(ray):
+    @ray.remote
+    def sleep(seconds):
+        time.sleep(seconds)
+        return seconds
+
+    assert ray.get([]) == []
+    assert ray.get([ray.put(i) for i in range(3)]) == [0, 1, 2]
+    ref = sleep.remote(1.5)
+    with pytest.raises(ray.exceptions.GetTimeoutError):
+        ray.get(ref, timeout=0.2)
+    with pytest.raises(TimeoutError):
+        ray.get(ref, timeout=0)
+    assert ray.get(ref) == 1.5
+    with pytest.raises((TypeError, ValueError)):
+        ray.get(5)
+    with pytest.raises(TypeError):
+        ray.put(ref)
+
+
+def test_wait_returns_what_is_ready_in_order_and_no_more_than_asked(ray, tmp_path):
+    @ray.remote
+    def when(path):
+        while not os.path.exists(path):
+            time.sleep(0.01)
+
+    @ray.remote
+    def fail():
+        raise ValueError
+
+    refs = [when.remote(str(tmp_path / "go")), ray.put(1), fail.remote(), ray.put(2)]
+    ready, rest = ray.wait(refs, num_returns=3, timeout=30)
+    assert (ready, rest) == (refs[1:], refs[:1])                # what failed is ready, too
+    ready, rest = ray.wait(refs, num_returns=2, timeout=30)
+    assert len(ready) == 2 and ready == [r for r in refs if r in ready] and rest == [r for r in refs if r not in ready]
+    assert ray.wait(refs, num_returns=4, timeout=0.2) == (refs[1:], refs[:1])
+    assert len(ray.wait(refs, timeout=0)[0]) == 1
+    (tmp_path / "go").touch()
+    assert ray.wait(refs, num_returns=4, timeout=30) == (refs, [])
+    for bad in (lambda: ray.wait([refs[0], refs[0]]), lambda: ray.wait(refs, num_returns=5),
+                lambda: ray.wait(refs, num_returns=0)):
+        with pytest.raises(ValueError):
+            bad()
+
+
+def test_cancel_stops_running_and_queued_tasks(ray, tmp_path):
+    @ray.remote
+    def forever(path):
+        open(path, "w").close()
+        while True:
+            time.sleep(0.01)
+
+    @ray.remote
+    def f():
+        return 1
+
+    running = forever.remote(str(tmp_path / "a"))
+    eventually(lambda: (tmp_path / "a").exists())
+    ray.cancel(running)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(running, timeout=20)
+    forced = forever.options(num_cpus=4).remote(str(tmp_path / "b"))
+    eventually(lambda: (tmp_path / "b").exists())
+    queued = forever.options(num_cpus=4).remote(str(tmp_path / "c"))
+    ray.cancel(queued)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(queued, timeout=20)
+    ray.cancel(forced, force=True)
+    with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.WorkerCrashedError)):
+        ray.get(forced, timeout=20)
+    assert ray.get(f.options(num_cpus=4).remote(), timeout=20) == 1 and not (tmp_path / "c").exists()
+
+
+def test_cancel_of_what_is_done_changes_nothing(small):
+    refs = [small.remote(lambda: 1).remote() for _ in range(200)]       # the real Ray may abort its driver here
+    for ref in refs:
+        small.wait([ref])
+        small.cancel(ref)
+    assert small.get(refs) == [1] * 200
+
+
+def test_cancel_stops_calls_of_async_actors(ray):
+    @ray.remote
+    class Actor:
+        def __init__(self):
+            self.waits = 0
+
+        async def forever(self):
+            self.waits += 1
+            await asyncio.sleep(1000)
+
+        async def count(self):
+            return self.waits
+
+    actor = Actor.remote()
+    ref = actor.forever.remote()
+    eventually(lambda: ray.get(actor.count.remote()) == 1)
+    ray.cancel(ref)
+    with pytest.raises((ray.exceptions.TaskCancelledError, asyncio.CancelledError)):
+        ray.get(ref, timeout=20)
+    assert ray.get(actor.count.remote()) == 1
+
+
+def test_arrays_are_read_only_views_of_one_copy(ray):
+    array = np.arange(1_000_000)
+    ref = ray.put(array)
+    array[0] = 5                                                # put took a snapshot
+    a, b = ray.get(ref), ray.get(ref)
+    assert a[0] == 0 and not a.flags.writeable and a.ctypes.data == b.ctypes.data
+
+    @ray.remote
+    def look(x):
+        return int(x.sum()), x.flags.writeable
+    assert ray.get(look.remote(ref)) == (499_999_500_000, False)
+    assert ray.get(look.remote(np.ones(1_000_000))) == (1_000_000, False)
+
+
+def test_refs_inside_of_values_keep_their_objects(ray):
+    @ray.remote
+    def make():
+        return [ray.put(np.full(100_000, 7.0)), ray.put("x")]
+
+    refs = ray.get(make.remote())
+    outer = ray.put({"deep": [ray.put(np.ones(100_000))]})
+    time.sleep(0.3)                                             # time enough to free what nobody holds
+    assert ray.get(refs[0]).sum() == 700_000 and ray.get(refs[1]) == "x"
+    assert ray.get(ray.get(outer)["deep"][0]).sum() == 100_000
+
+
+def test_custom_resources_are_limits(ray):
+    @ray.remote(resources={"token": 1}, num_cpus=0)
+    def hold():
+        begin = time.monotonic()
+        time.sleep(0.3)
+        return begin, time.monotonic()
+
+    spans = ray.get([hold.remote() for _ in range(5)])
+    assert max(sum(begin <= moment < end for begin, end in spans) for moment, _ in spans) <= 2
+    assert ray.cluster_resources()["token"] == 2
+    eventually(lambda: ray.available_resources().get("token") == 2)
+
+
+def test_placement_groups_reserve_their_bundles(ray):
+    group = ray.util.placement_group([{"CPU": 1}, {"CPU": 2}], strategy="PACK")
+    assert ray.get(group.ready(), timeout=20).bundle_specs == [{"CPU": 1}, {"CPU": 2}]
+    assert group.wait(5) and group.bundle_count == 2
+    strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+        placement_group=group, placement_group_bundle_index=0)
+
+    @ray.remote(num_cpus=1, scheduling_strategy=strategy)
+    class Actor:
+        def f(self):
+            return 1
+
+    first, second = Actor.remote(), Actor.remote()
+    assert ray.get(first.f.remote(), timeout=20) == 1
+    assert ray.wait([second.f.remote()], timeout=0.5)[0] == []
+    ray.util.remove_placement_group(group)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(first.f.remote(), timeout=20)
+
+
+def test_actor_pool_spreads_and_orders(ray):
+    @ray.remote
+    class Actor:
+        def double(self, x):
+            time.sleep(0.01 * (x % 3))
+            return 2 * x
+
+    pool = ray.util.ActorPool([Actor.remote(), Actor.remote()])
+    assert list(pool.map(lambda actor, x: actor.double.remote(x), range(10))) == [2 * i for i in range(10)]
+    assert sorted(pool.map_unordered(lambda actor, x: actor.double.remote(x), range(10))) == [2 * i for i in range(10)]
+    pool.submit(lambda actor, x: actor.double.remote(x), 5)
+    assert pool.has_next() and pool.has_free() and pool.get_next() == 10 and not pool.has_next()
+
+
+def test_queue_between_processes(ray):
+    queue = ray.util.queue.Queue(maxsize=2)
+
+    @ray.remote
+    def produce(queue, count):
+        for i in range(count):
+            queue.put(i)
+
+    ref = produce.remote(queue, 5)
+    assert [queue.get(timeout=20) for _ in range(5)] == list(range(5))
+    ray.get(ref)
+    with pytest.raises(ray.util.queue.Empty):
+        queue.get_nowait()
+    with pytest.raises(ray.util.queue.Empty):
+        queue.get(timeout=0.1)
+    queue.put_nowait(1), queue.put_nowait(2)
+    with pytest.raises(ray.util.queue.Full):
+        queue.put(3, timeout=0.1)
+    assert queue.full() and queue.qsize() == len(queue) == 2 and not queue.empty()
+    assert queue.get_nowait_batch(2) == [1, 2] and queue.empty()
+    queue.shutdown()
+
+
+def test_environment_variables_belong_to_their_task_alone(ray):
+    @ray.remote(runtime_env={"env_vars": {"MY_VARIABLE": "yes"}})
+    def with_variable():
+        return os.environ.get("MY_VARIABLE")
+
+    @ray.remote
+    def without():
+        return os.environ.get("MY_VARIABLE")
+
+    assert ray.get(with_variable.remote(), timeout=60) == "yes"
+    assert ray.get([without.remote() for _ in range(8)]) == [None] * 8
+
+
+def test_methods_have_options(ray):
+    @ray.remote
+    class Actor:
+        @ray.method(num_returns=2)
+        def two(self):
+            return 1, 2
+
+    actor = Actor.remote()
+    assert ray.get(list(actor.two.remote())) == [1, 2]
+    assert ray.get(actor.two.options(num_returns=1).remote()) == (1, 2)
+    with pytest.raises(AttributeError):
+        actor.nothing.remote()
+
+
+def test_the_runtime_context_says_where_one_is(ray):
+    @ray.remote
+    class Actor:
+        def where(self):
+            context = ray.get_runtime_context()
+            return context.get_actor_id(), context.get_node_id(), context.get_job_id()
+
+    actor, here = Actor.remote(), ray.get_runtime_context()
+    assert ray.get(actor.where.remote()) == (actor._actor_id.hex(), here.get_node_id(), here.get_job_id())
+    assert here.get_node_id() in [node["NodeID"] for node in ray.nodes()]
+
+
+def test_arguments_that_cannot_be_pickled_are_named(small):
+    @small.remote
+    def f(x, y=None):
+        return x
+
+    with pytest.raises(TypeError, match="argument 'y', of type lock, cannot be pickled"):
+        f.remote(1, y=threading.Lock())
+    with pytest.raises(TypeError, match="argument 0, of type list"):
+        f.remote([threading.Lock()])
+    assert small.get(f.remote(1)) == 1
+
+
+def free_memory():
+    return small_ray.available_resources()["object_store_memory"]
+
+
+def shared_bytes(pid):
+    """What a process has touched of the shared memory, each page divided by the number of its users."""
+    total, shared = 0, False
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        if line[0] in "0123456789abcdef":
+            shared = "memfd:actors" in line
+        elif shared and line.startswith("Pss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+def test_eight_readers_share_the_pages_of_one_array(small):
+    @small.remote(num_cpus=0)
+    class Reader:
+        def read(self, refs):
+            self.array = small_ray.get(refs[0])
+            return int(self.array.sum()), os.getpid()
+
+    ref = small.put(np.ones(256 << 20, np.uint8))
+    readers = [Reader.remote() for _ in range(8)]
+    results = small.get([reader.read.remote([ref]) for reader in readers])
+    assert {total for total, _ in results} == {256 << 20}
+    assert sum(shared_bytes(pid) for _, pid in results) + shared_bytes(os.getpid()) < 260 << 20
+
+
+def test_objects_are_freed_when_the_last_ref_is_gone(small):
+    @small.remote
+    def make():
+        return [small_ray.put(np.ones(50 << 20, np.uint8))]
+
+    @small.remote
+    class Keeper:
+        def keep(self, refs):
+            self.refs = refs
+
+        def forget(self):
+            del self.refs
+
+        def die(self):
+            os._exit(1)
+
+    full, keeper = free_memory(), Keeper.remote()
+    for i in range(12):                                         # 12 times 100 MB through 400 MB
+        assert small.get(small.put(np.full(100 << 20, i, np.uint8)))[-1] == i
+    eventually(lambda: free_memory() == full)
+    outer = small.put({"inside": small.get(make.remote())})     # inside of another object
+    assert small.get(small.get(outer)["inside"][0])[0] == 1 and free_memory() < full
+    del outer
+    eventually(lambda: free_memory() == full)
+    small.get(keeper.keep.remote([small.put(np.ones(50 << 20, np.uint8))]))     # borrowed by an actor
+    time.sleep(0.2)
+    assert free_memory() < full
+    small.get(keeper.forget.remote())
+    eventually(lambda: free_memory() == full)
+    small.get(keeper.keep.remote([small.put(np.ones(50 << 20, np.uint8))]))     # by one that dies
+    with pytest.raises(small.exceptions.ActorDiedError):
+        small.get(keeper.die.remote())
+    eventually(lambda: free_memory() == full)
+
+
+def test_a_view_outlives_its_ref(small):
+    full = free_memory()
+    view = small.get(small.put(np.full(50 << 20, 7, np.uint8)))[1000:]
+    refs = [small.put(np.zeros(50 << 20, np.uint8)) for _ in range(6)]
+    assert (view == 7).all()
+    del refs, view
+    eventually(lambda: free_memory() == full)
+
+
+def test_full_shared_memory_is_an_error_and_not_the_end(small):
+    large = np.ones(150 << 20, np.uint8)
+
+    @small.remote
+    def make():
+        return np.ones(150 << 20, np.uint8)
+
+    @small.remote
+    def take(x):
+        return len(x)
+
+    refs = [small.put(large), small.put(large)]
+    for too_much in (lambda: small.put(large), lambda: small.get(make.remote()), lambda: take.remote(large)):
+        with pytest.raises(small.exceptions.ObjectStoreFullError, match="object_store_memory"):
+            too_much()
+    refs.pop()
+    assert small.get(take.remote(large)) == 150 << 20
+
+
+def test_tensors_and_tables_travel_by_their_buffers(small):
+    torch = pytest.importorskip("torch")
+    state = {"nested": {"w": torch.randn(300, 400).to(torch.bfloat16), "b": torch.arange(3)},
+             "transposed": torch.randn(500, 100).t(), "empty": torch.empty(0, 4), "scalar": torch.tensor(3.5),
+             "mask": torch.tensor([True, False]), "gradient": torch.randn(200, 200, requires_grad=True),
+             "complex": torch.randn(4, dtype=torch.complex64), "parameter": torch.nn.Parameter(torch.randn(200, 200))}
+
+    def same(a, b):
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return torch.equal(a, b) and (a.dtype, a.requires_grad, type(a)) == (b.dtype, b.requires_grad, type(b))
+
+    @small.remote
+    def back(x):
+        return x
+
+    ref = small.put(state)
+    assert same(state, small.get(ref)) and same(state, small.get(back.remote(ref)))
+    assert small.get(ref)["nested"]["w"].data_ptr() == small.get(ref)["nested"]["w"].data_ptr()
+    table = al.Table.from_pydict({"x": list(range(100_000)), "s": ["text"] * 100_000})
+    ref = small.put(table)
+    assert small.get(ref).to_pydict() == table.to_pydict()
+    one, two = small.get(ref)["x"].to_numpy(), small.get(ref)["x"].to_numpy()
+    assert one.ctypes.data == two.ctypes.data and not one.flags.writeable
+    for value in ("text" * 100_000, b"\0" * 500_000, bytearray(b"ab" * 100_000), np.arange(100_000)[::2], np.float32(3),
+                  np.array(["a", None], dtype=object), np.asfortranarray(np.random.rand(300, 300)), [], {}, None):
+        got = small.get(back.remote(value))
+        assert type(got) is type(value) and np.array_equal(got, value)
+
+
+def test_what_can_never_fit_is_an_error_at_once(small):
+    @small.remote
+    def f():
+        return 1
+
+    @small.remote
+    class Actor:
+        def f(self):
+            return 1
+
+    for ref in (f.options(num_cpus=5).remote(), f.options(num_gpus=3).remote(), f.options(resources={"x": 1}).remote()):
+        with pytest.raises(small.exceptions.TaskUnschedulableError, match="asks for"):
+            small.get(ref, timeout=5)
+    with pytest.raises(small.exceptions.ActorUnschedulableError):
+        small.get(Actor.options(num_cpus=5).remote().f.remote(), timeout=5)
+    with pytest.raises(ValueError, match="whole"):
+        f.options(num_gpus=1.5)
+    with pytest.raises(ValueError, match="unknown option"):
+        f.options(cpus=1)
+
+
+def test_gpus_are_given_out_whole_or_in_shares(small):
+    class Actor:
+        def visible(self):
+            return os.environ["CUDA_VISIBLE_DEVICES"], small_ray.get_gpu_ids()
+
+    whole, half = small.remote(num_gpus=1)(Actor), small.remote(num_gpus=0.5)(Actor)
+    first, halves = whole.remote(), [half.remote(), half.remote()]
+    visible, ids = small.get(first.visible.remote())
+    shares = small.get([actor.visible.remote() for actor in halves])
+    assert visible == str(ids[0]) and shares[0] == shares[1] != (visible, ids)
+    late = whole.remote()
+    assert small.wait([late.visible.remote()], timeout=0.3)[0] == []
+    del first
+    assert small.get(late.visible.remote(), timeout=10) == (visible, ids)
+    assert small.get(small.remote(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).remote()) == ""
+
+
+def test_tenths_of_a_cpu_add_up(small):
+    @small.remote(num_cpus=0.1)
+    class Actor:
+        def f(self):
+            return 1
+
+    actors = [Actor.remote() for _ in range(40)]
+    assert small.get([actor.f.remote() for actor in actors], timeout=30) == [1] * 40
+    assert "CPU" not in small.available_resources()
+    late = Actor.remote()
+    assert small.wait([late.f.remote()], timeout=0.3)[0] == []
+
+
+@pytest.fixture
+def cluster():
+    cluster = small_ray.cluster_utils.Cluster(head_node_args={"num_cpus": 1, "object_store_memory": 300 << 20})
+    small_ray.init(address=cluster.address)
+    yield cluster
+    cluster.shutdown()
+
+
+def on(node, soft=False):
+    return small_ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node.node_id, soft=soft)
+
+
+def test_bundles_are_packed_and_spread_over_nodes(cluster):
+    for _ in range(2):
+        cluster.add_node(num_cpus=2)                            # and 1 CPU on the head
+    for count, strategy, nodes in ((2, "STRICT_PACK", 1), (3, "STRICT_SPREAD", 3), (5, "PACK", 3), (2, "PACK", 1),
+                                   (3, "PACK", 2), (2, "SPREAD", 2), (3, "SPREAD", 3)):
+        group = small_ray.util.placement_group([{"CPU": 1}] * count, strategy=strategy)
+        assert group.wait(5)
+        homes = small_ray.util.placement_group_table()[group.id.hex()]["bundles_to_node_id"]
+        assert len(homes) == count and len(set(homes.values())) == nodes, (count, strategy)
+        small_ray.util.remove_placement_group(group)
+    for count, strategy in ((4, "STRICT_SPREAD"), (3, "STRICT_PACK"), (6, "PACK"), (6, "SPREAD")):
+        group = small_ray.util.placement_group([{"CPU": 1}] * count, strategy=strategy)
+        with pytest.raises(small_ray.exceptions.TaskUnschedulableError):
+            small_ray.get(group.ready(), timeout=5)
+
+
+def test_objects_move_between_nodes_when_they_are_needed(cluster):
+    here, there = [cluster.add_node(num_cpus=1, object_store_memory=200 << 20) for _ in range(2)]
+
+    @small_ray.remote
+    def make(count):
+        return np.arange(count), small_ray.get_runtime_context().get_node_id()
+
+    @small_ray.remote
+    def total(made):
+        return int(made[0].sum()), small_ray.get_runtime_context().get_node_id()
+
+    for count in (0, 10, 100_000, 5_000_000):
+        ref = make.options(scheduling_strategy=on(here)).remote(count)
+        remote_sum = total.options(scheduling_strategy=on(there)).remote(ref)
+        assert small_ray.get(remote_sum, timeout=20) == (count * (count - 1) // 2, there.node_id)
+        array, home = small_ray.get(ref, timeout=20)
+        assert home == here.node_id and len(array) == count and (array[-100:] == np.arange(count)[-100:]).all()
+
+
+def test_a_dead_node_fails_clearly_and_its_actors_move(cluster):
+    node, other = cluster.add_node(num_cpus=2), cluster.add_node(num_cpus=2)
+
+    @small_ray.remote(num_cpus=2, max_restarts=1, max_task_retries=1)
+    class Actor:
+        def where(self):
+            return small_ray.get_runtime_context().get_node_id()
+
+        def large(self):
+            return np.ones(1_000_000)
+
+    bound = Actor.options(num_cpus=0, scheduling_strategy=on(node)).remote()
+    moving = Actor.options(scheduling_strategy=on(node, soft=True)).remote()
+    assert small_ray.get([bound.where.remote(), moving.where.remote()], timeout=20) == [node.node_id] * 2
+    only_there = bound.large.remote()
+    small_ray.wait([only_there])
+    cluster.remove_node(node)
+    with pytest.raises(small_ray.exceptions.RayActorError, match="unschedulable|asks for"):
+        small_ray.get(bound.where.remote(), timeout=10)
+    with pytest.raises(small_ray.exceptions.ObjectLostError):
+        small_ray.get(only_there, timeout=10)
+    assert small_ray.get(moving.where.remote(), timeout=20) == other.node_id
+
+
+def test_strangers_are_not_unpickled(cluster, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    host, port = cluster.address.split(":")
+    bomb = small_ray.frame("hello_worker", Bomb())
+    for payload in (bomb, bytes(64) + bomb, b"", b"x" * 63):
+        with socket.create_connection((host, int(port)), timeout=5) as sock:
+            assert len(sock.recv(32, socket.MSG_WAITALL)) == 32
+            try:
+                sock.sendall(payload)
+                sock.shutdown(socket.SHUT_WR)
+                assert sock.recv(100) == b""
+            except ConnectionError:
+                pass
+    with pytest.raises((PermissionError, ConnectionError)):
+        small_ray._connect((host, int(port)), b"a wrong key")
+    assert small_ray.get(small_ray.remote(lambda: 1).remote()) == 1
+    assert not (tmp_path / "exploded").exists()
+
+
+DRIVER = f"""
+import sys, os, time, subprocess
+sys.path.insert(0, {str(HERE)!r})
+import actors as ray
+ray.init(num_cpus=2)
+
+@ray.remote
+class Actor:
+    def start(self): self.child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    def hang(self): time.sleep(1000)
+
+@ray.remote
+def busy():
+    print("busy")
+    while True: pass
+
+actor, large = Actor.remote(), ray.put(bytes(10_000_000))
+ray.get(actor.start.remote())
+refs = [actor.hang.remote(), *[busy.remote() for _ in range(3)]]
+print("up", flush=True)
+"""
+
+
+def descendants(root):
+    children, found, stack = {}, [], [root]
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int(entry.joinpath("stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(entry.name))
+    while stack:
+        below = children.get(stack.pop(), [])
+        found += below
+        stack += below
+    return found
+
+
+@pytest.mark.parametrize("end", ["ray.shutdown()", "1 / 0", "os._exit(1)", "SIGINT", "SIGTERM", "SIGKILL"])
+def test_nothing_outlives_the_driver(end):
+    before = set(os.listdir("/dev/shm"))
+    code = DRIVER + ("time.sleep(1000)" if end.startswith("SIG") else f"time.sleep(0.5)\n{end}")
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as driver:
+        assert driver.stdout.readline() == b"up\n"
+        eventually(lambda: len(descendants(driver.pid)) >= 5)   # the hub, an actor, its child, two busy workers
+        below = descendants(driver.pid)
+        if end.startswith("SIG"):
+            driver.send_signal(getattr(signal, end))
+        driver.wait(15)
+    eventually(lambda: not any(map(alive, below)), seconds=5)
+    assert set(os.listdir("/dev/shm")) == before
+
+
+def start_and_end(times):
+    def use():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(os.listdir("/proc/self/fd")), threading.active_count(), pages
+
+    def cycle():
+        small_ray.init(num_cpus=1)
+        assert small_ray.get(small_ray.put(np.ones(100_000))).sum() == 100_000
+        small_ray.shutdown()
+
+    for _ in range(5):
+        cycle()
+    gc.collect()
+    before = use()
+    for _ in range(times):
+        cycle()
+    gc.collect()
+    after = use()
+    assert after[:2] == before[:2] and after[2] - before[2] < 2000      # descriptors, threads; 8 MB
+
+
+def test_start_and_end_leak_nothing():
+    start_and_end(15)
+
+
+@pytest.mark.slow
+def test_start_and_end_two_hundred_times():
+    start_and_end(200)
+
+
+def test_logs_reach_the_drivers_stderr_with_a_prefix():
+    code = f"""
+import sys; sys.path.insert(0, {str(HERE)!r})
+import actors as ray
+@ray.remote
+def talk(): print("one"); print("two", end="", flush=True); print(" more"); print("three", file=sys.stderr)
+@ray.remote
+class Parrot:
+    def say(self): print("hello")
+ray.get(talk.remote()); parrot = Parrot.remote(); ray.get(parrot.say.remote())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    lines = [re.sub(r"pid=\d+", "pid=N", line) for line in done.stderr.splitlines()]
+    assert done.stdout == "" and lines == ["(talk pid=N) one", "(talk pid=N) two more", "(talk pid=N) three",
+                                           "(Parrot pid=N) hello"]
+
+
+def test_ctrl_c_leaves_a_session_that_works(small):
+    @small.remote
+    def slow():
+        time.sleep(1)
+        return 1
+
+    def interrupt(seconds, action):
+        timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            action()
+            time.sleep(5)
+        timer.join()
+
+    ref = slow.remote()
+    interrupt(0.3, lambda: small.get(ref))
+    assert small.get(ref) == 1
+    for _ in range(10):                                         # in the middle of messages
+        interrupt(0.02, lambda: [small.put(b"x" * 50_000) for _ in range(2000)])
+    assert small.get(slow.remote()) == 1
+
+
+def test_ten_thousand_tasks_and_a_hundred_thousand_calls(small):
+    @small.remote
+    def f(i):
+        return i
+
+    @small.remote
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+        def add(self):
+            self.count += 1
+            return self.count
+
+    assert small.get([f.remote(i) for i in range(10_000)]) == list(range(10_000))
+    counter = Counter.remote()
+    for k in range(10):
+        assert small.get([counter.add.remote() for _ in range(10_000)])[-1] == 10_000 * (k + 1)
+
+
+def test_fifty_actors(small):
+    @small.remote
+    class Actor:
+        def f(self, x):
+            return x
+
+    actors = [Actor.remote() for _ in range(50)]
+    for _ in range(5):
+        assert small.get([actor.f.remote(i) for i, actor in enumerate(actors)], timeout=60) == list(range(50))
+
+
+def test_objects_of_every_size(small):
+    @small.remote
+    def look(x):
+        return len(x), int(x[:1].sum())
+
+    for size in (0, 1, 99_000, 100_000, 101_000, 1 << 20, 10 << 20, 100 << 20):
+        assert small.get(look.remote(np.ones(size, np.uint8))) == (size, min(size, 1))
+
+
+@pytest.mark.slow
+def test_an_object_of_a_gigabyte():
+    with small_ray.init(object_store_memory=3 << 30):
+        array = np.arange(1 << 27)
+        assert small_ray.get(small_ray.remote(lambda x: int(x[-1])).remote(array)) == (1 << 27) - 1
+        assert (small_ray.get(small_ray.put(array)) == array).all()
+
+
+def test_threads_share_one_client(small):
+    @small.remote
+    def f(i):
+        return i
+
+    wrong = []
+
+    def work(base):
+        for i in range(200):
+            if small_ray.get(f.remote(base + i)) != base + i:
+                wrong.append(base + i)
+
+    threads = [threading.Thread(target=work, args=(1000 * t,)) for t in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads) and not wrong
+
+
+def test_refs_of_an_ended_session_say_so(small):
+    ref, view = small.remote(lambda: time.sleep(1000)).remote(), small.get(small.put(np.ones(100_000)))
+    small.shutdown()
+    small.init(num_cpus=1)
+    with pytest.raises(small.exceptions.ObjectLostError, match="session"):
+        small.get(ref, timeout=5)
+    assert view.sum() == 100_000                                # what was got stays
+
+
+def test_the_demo_of_actors_runs():
+    code = f"import sys; sys.path.insert(0, {str(HERE)!r}); import actors; actors.demo()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "it counts from 1" in done.stdout.replace("and counts", "it counts"), done.stderr
 
 
 # --- the house -------------------------------------------------------------------------------------------------------

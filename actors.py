@@ -1,0 +1,2390 @@
+"""actors.py: a small Ray. Functions become tasks, classes become actors, each in a process of its own.
+
+    driver ----+            +---- worker  The hub (one process, one thread, no locks) knows all objects, tasks, actors
+    (your      |            |   (a task)  and nodes. The driver and the workers hold one socket to it each. Small values
+    program)   +---- hub ---+---- worker  travel inside messages; larger ones (100 kB) are written once into the arena,
+               |      |     |  (an actor) a memory file that all processes of a node map: readers get views of the same
+               |      | forks             pages. The hub forks the workers, as it has no threads and no CUDA, and ends
+               +=== arena ==+             when its driver does. Nothing of all this has a name in the file system.
+
+    import actors as ray                           The API is Ray's: init, shutdown, remote, put, get, wait, cancel,
+    @ray.remote                                    kill, get_actor, exit_actor, method, nodes, cluster_resources,
+    def square(x): return x * x                    available_resources, get_runtime_context, exceptions, cluster_utils;
+    ray.get([square.remote(i) for i in range(9)])  util: ActorPool, queue, placement_group, scheduling_strategies.
+
+    python actors.py                               the demo, and microbenchmarks beside Ray where it is installed
+    python actors.py node HOST:PORT < KEYFILE      lends this machine to the Cluster of another one
+
+What differs from Ray: what can never fit is an error at once; a detached actor ends with its driver; a lost object is
+not made again by running its task once more; there are no generators, concurrency groups, remote drivers, no dashboard,
+no spilling to disk; arrays that were got, of any size, are read-only, and to write into a tensor that was got is a
+segfault (clone it first).
+"""
+import argparse, atexit, bisect, collections, contextlib, contextvars, ctypes, dataclasses, functools, gc, hashlib, hmac
+import importlib, importlib.util, inspect, io, itertools, json, math, mmap, os, pickle, queue, re, secrets, select
+import signal, socket, struct, subprocess, sys, threading, time, traceback, types, warnings, weakref
+
+# cloudpickle: functions of __main__, lambdas and closures cannot be pickled by name, as workers have no such module.
+import cloudpickle
+
+INLINE = 100_000            # bytes: larger values go through shared memory
+UNIT = 10_000               # resources are counted in ten-thousandths, so that ten times 0.1 is 1
+CHUNK = 256 << 10           # bytes of an object that travel between nodes at once
+AWAY = True                 # in the place of a value: it is ready, but on another node
+
+# --- errors, by Ray's names ---
+
+class RayError(Exception):
+    """Whatever goes wrong around a task. What goes wrong inside of it is a RayTaskError, and its own type as well."""
+
+class RayTaskError(RayError):
+    def __init__(self, function_name, traceback_str, cause=None):
+        self.function_name, self.traceback_str, self.cause = function_name, traceback_str, cause
+
+    def __str__(self):
+        return self.traceback_str
+
+    def __reduce__(self):
+        return _task_error, (self.function_name, self.traceback_str, self.cause)
+
+def _task_error(function_name, traceback_str, cause):
+    """The error as `except` wants it: a RayTaskError that is of the type that was raised, too."""
+    plain = RayTaskError(function_name, traceback_str, cause)
+    if not isinstance(cause, Exception):
+        return plain
+    try:
+        own = {name: vars(RayTaskError)[name] for name in ("__init__", "__str__", "__reduce__", "__module__")}
+        kind = type(f"RayTaskError({type(cause).__name__})", (RayTaskError, type(cause)), own)
+        error = kind(function_name, traceback_str, cause)
+        error.__dict__.update({name: value for name, value in vars(cause).items() if name not in vars(plain)})
+        error.args = cause.args
+        if isinstance(cause, OSError):              # errno and strerror live outside of __dict__
+            OSError.__init__(error, *cause.args)
+        return error
+    except Exception:                               # a type that does not let itself be inherited from
+        return plain
+
+def _error(name, doc, *bases):
+    return type(name, bases or (RayError,), {"__doc__": doc, "__module__": __name__})
+
+RayActorError = _error("RayActorError", "The actor cannot answer.")
+ActorDiedError = _error("ActorDiedError", "The actor is dead and stays so.", RayActorError)
+ActorUnavailableError = _error("ActorUnavailableError", "The actor died during this call; it restarts.", RayActorError)
+WorkerCrashedError = _error("WorkerCrashedError", "The process died while it ran the task.")
+TaskCancelledError = _error("TaskCancelledError", "The task was cancelled.")
+GetTimeoutError = _error("GetTimeoutError", "The value was not there in time.", RayError, TimeoutError)
+ObjectStoreFullError = _error("ObjectStoreFullError", "The shared memory has no room for the value.")
+ObjectLostError = _error("ObjectLostError", "The only copy of the value is gone.")
+TaskUnschedulableError = _error("TaskUnschedulableError", "No node could ever run this task.")
+ActorUnschedulableError = _error("ActorUnschedulableError", "No node could ever hold this actor.", RayActorError)
+RaySystemError = _error("RaySystemError", "The hub is gone.")
+
+# --- values: pickled with their buffers apart, so that large ones are written once and read without a copy ---
+
+class _Pickler(cloudpickle.Pickler):
+    def reducer_override(self, value):
+        numpy, torch = sys.modules.get("numpy"), sys.modules.get("torch")
+        if numpy and type(value) is numpy.ndarray and not value.flags.forc and not value.dtype.hasobject:
+            return numpy.ascontiguousarray(value).__reduce_ex__(5)
+        if torch and type(value) is getattr(torch, "Tensor", None) and (
+                value.device.type == "cpu" and value.layout is torch.strided and value.grad_fn is None
+                and not value.is_quantized):
+            flat = value.detach().resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+            return _tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, value.shape, value.requires_grad)
+        return super().reducer_override(value)
+
+def _tensor(buffer, dtype, shape, requires_grad):
+    import torch
+    if not math.prod(shape):
+        return torch.empty(shape, dtype=dtype, requires_grad=requires_grad)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).view(shape).requires_grad_(requires_grad)
+
+_pickled_refs = contextvars.ContextVar("pickled_refs", default=None)    # a list, while a value is being packed
+
+def pack(value, tag=b"V"):
+    """A value as (pieces to be written one after the other, their bytes in all, ids of the refs inside of it).
+
+    tag (Value or Error), are there refs?, n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes
+    """
+    file, buffers, refs = io.BytesIO(), [], []
+    token = _pickled_refs.set(refs)
+    try:
+        _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(value)
+    finally:
+        _pickled_refs.reset(token)
+    data, buffers = file.getbuffer(), [buffer.raw() for buffer in buffers]
+    lengths = [len(data), *map(len, buffers)]
+    pieces = [struct.pack(f"<cBxxI{len(lengths)}Q", tag, bool(refs), len(lengths), *lengths), data]
+    size = len(pieces[0]) + len(data)
+    for buffer in buffers:
+        pieces += [bytes(-size % 64), buffer]
+        size += -size % 64 + len(buffer)
+    return pieces, size, refs
+
+def unpack(packed):
+    """The value of packed bytes; arrays in it are views of them. An error is returned, not raised."""
+    view = memoryview(packed)
+    count = struct.unpack_from("<I", view, 4)[0]
+    lengths = struct.unpack_from(f"<{count}Q", view, 8)
+    position, pieces = 8 + 8 * count, []
+    for length in lengths:
+        pieces.append(view[position:position + length])
+        position += length + -(position + length) % 64
+    return pickle.loads(pieces[0], buffers=pieces[1:])
+
+def pack_error(error):
+    return b"".join(pack(error, b"E")[0])
+
+# --- the arena: one memory file a node, mapped by all of its processes ---
+
+_libc = ctypes.CDLL(None)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long
+_libc.munmap.argtypes = ctypes.c_void_p, ctypes.c_size_t
+
+class Arena:
+    """A memfd: it has no name, and is gone with the last process that has it open. Pages stay when their object is
+    freed, for writing to pages that were used before is 20 times faster than writing to fresh ones."""
+
+    def __init__(self, size, fd=None):
+        self.size, self.base = size, None
+        self.fd = os.memfd_create("actors") if fd is None else fd
+        os.ftruncate(self.fd, size)
+
+    @functools.cached_property
+    def writable(self):
+        return memoryview(mmap.mmap(self.fd, self.size))
+
+    def view(self, offset, size, *keep):
+        """Bytes that no reader can change, as they are mapped for reading. `keep` lives as long as any view of them."""
+        if self.base is None:
+            self.base = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0)
+        region = (ctypes.c_char * size).from_address(self.base + offset)
+        weakref.finalize(region, lambda *kept: None, self, *keep).atexit = False
+        return pickle.PickleBuffer(region).raw().toreadonly()
+
+    def write(self, offset, pieces):
+        for piece in map(memoryview, pieces):
+            target, numpy = self.writable[offset:offset + len(piece)], sys.modules.get("numpy")
+            offset += len(piece)
+            parts = min(4, os.cpu_count()) if len(piece) > 16 << 20 and numpy else 1
+            if parts == 1:
+                target[:] = piece
+                continue
+            edges, copies = [len(piece) * i // parts for i in range(parts + 1)], []
+            for a, b in zip(edges, edges[1:]):      # memory is faster than one core
+                ends = numpy.frombuffer(target[a:b], "u1"), numpy.frombuffer(piece[a:b], "u1")
+                copies.append(threading.Thread(target=numpy.copyto, args=ends))
+                copies[-1].start()
+            for copy in copies:
+                copy.join()
+
+    def __del__(self):
+        if self.base is not None:
+            _libc.munmap(self.base, self.size)
+        os.close(self.fd)
+
+class Space:
+    """Which bytes of an arena are free: the first hole that is large enough is taken, neighbours become one again."""
+
+    def __init__(self, size):
+        self.size, self.free, self.holes, self.used = size, size, [(0, size)], {}
+
+    def take(self, size):
+        size += -size % 4096
+        for i, (start, length) in enumerate(self.holes):
+            if length >= size:
+                self.holes[i:i + 1] = [(start + size, length - size)] if length > size else []
+                self.used[start] = size
+                self.free -= size
+                return start
+        return None
+
+    def give(self, start):
+        size = self.used.pop(start)
+        self.free += size
+        i = bisect.bisect(self.holes, (start,))
+        if i < len(self.holes) and self.holes[i][0] == start + size:
+            size += self.holes.pop(i)[1]
+        if i and sum(self.holes[i - 1]) == start:
+            i -= 1
+            start, before = self.holes.pop(i)
+            size += before
+        self.holes.insert(i, (start, size))
+
+# --- messages: a length and a pickled tuple; strangers have to prove the key before anything is unpickled ---
+
+def frame(*message):
+    data = pickle.dumps(message, 5)
+    return len(data).to_bytes(8, "little") + data
+
+def cut(buffer):
+    """Takes the whole messages off the front of a bytearray."""
+    messages, position = [], 0
+    with memoryview(buffer) as view:
+        while len(view) - position >= 8:
+            end = position + 8 + int.from_bytes(view[position:position + 8], "little")
+            if end > len(view):
+                break
+            messages.append(pickle.loads(view[position + 8:end]))
+            position = end
+    del buffer[:position]
+    return messages
+
+def _first_message(sock):
+    size = int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "little")
+    return pickle.loads(sock.recv(size, socket.MSG_WAITALL))
+
+def _proof(key, who, *nonces):
+    return hmac.digest(key, who + b"".join(nonces), hashlib.sha256)
+
+def _connect(address, key):
+    """A TCP connection to the hub, after each side has shown the other that it has the key."""
+    sock = socket.create_connection(address, timeout=10)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    theirs, mine = sock.recv(32, socket.MSG_WAITALL), secrets.token_bytes(32)
+    sock.sendall(mine + _proof(key, b"client", theirs, mine))
+    if not hmac.compare_digest(sock.recv(32, socket.MSG_WAITALL), _proof(key, b"hub", mine, theirs)):
+        raise PermissionError(f"the hub at {address[0]}:{address[1]} refused the key")
+    sock.settimeout(None)
+    return sock
+
+class Loop:
+    """epoll: what to call when a file descriptor can be read (or written)."""
+
+    def __init__(self):
+        self.poller, self.handlers, self.dirty = select.epoll(), {}, set()
+
+    def watch(self, fd, handler, events=select.EPOLLIN):
+        self.handlers[fd] = handler
+        self.poller.register(fd, events)
+
+    def forget(self, fd):
+        if self.handlers.pop(fd, None):
+            self.poller.unregister(fd)
+
+    def turn(self):
+        for fd, _ in self.poller.poll():
+            if fd in self.handlers:
+                self.handlers[fd]()
+
+    def flush(self):
+        """What there is to say goes out once a turn: many messages in one system call."""
+        while self.dirty:
+            self.dirty.pop().flush()
+
+class Channel:
+    """One end of a connection, in a Loop. It never blocks: what the socket does not take waits in `out`."""
+
+    def __init__(self, loop, on_messages, on_close, sock=None):
+        self.loop, self.on_messages, self.on_close, self.sock = loop, on_messages, on_close, None
+        self.out, self.buffer, self.full = [], bytearray(), False
+        if sock is not None:
+            self.attach(sock)
+
+    def attach(self, sock):
+        sock.setblocking(False)
+        self.sock = sock
+        self.loop.watch(sock.fileno(), self.ready)
+        self.loop.dirty.add(self)
+
+    def send(self, *message):
+        self.out.append(frame(*message))
+        self.loop.dirty.add(self)
+
+    def flush(self):
+        if self.sock is None or not self.out:
+            return
+        data, self.out = b"".join(self.out), []
+        try:
+            sent = self.sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            sent = len(data)                        # the other end is gone; reading will say so
+        if sent < len(data):
+            self.out.append(memoryview(data)[sent:])
+        if self.full != bool(self.out):
+            self.full = bool(self.out)
+            self.loop.poller.modify(self.sock.fileno(), select.EPOLLIN | (select.EPOLLOUT if self.full else 0))
+
+    def ready(self):
+        if self.out:
+            self.loop.dirty.add(self)
+        self.read()
+
+    def read(self):
+        """True if something came."""
+        try:
+            data = self.sock.recv(CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.close()
+            self.on_close()
+            return False
+        self.buffer += data
+        self.on_messages(cut(self.buffer))
+        return True
+
+    def close(self):
+        if self.sock is not None:
+            self.loop.forget(self.sock.fileno())
+            self.sock.close()
+            self.sock = None
+
+# --- a node: one machine's workers and arena. The hub is its own machine's; the others talk to the hub over TCP ---
+
+class Node:
+    """Forks workers, from a process that has one thread, and reports what becomes of them."""
+
+    def __init__(self, loop, arena, config, report):
+        self.loop, self.arena, self.config, self.report = loop, arena, config, report
+        self.workers, self.pids, self.logs = {}, {}, {}
+        _libc.prctl(36, 1, 0, 0, 0)                 # PR_SET_CHILD_SUBREAPER: orphans below become our children
+        wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+        loop.watch(wake, lambda: (os.read(wake, 4096), self.reap()))
+        for name in config["preload"]:
+            importlib.import_module(name)
+
+    def fork(self, worker_id, env, settings, sock=None):
+        log, output = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self.become_worker(env, settings, sock, output)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
+        os.close(output)
+        os.set_blocking(log, False)
+        self.workers[worker_id], self.pids[pid], self.logs[worker_id] = pid, worker_id, log
+        self.loop.watch(log, lambda: self.read_log(worker_id))
+
+    def become_worker(self, env, settings, sock, output):
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        os.setsid()
+        _libc.prctl(1, signal.SIGKILL, 0, 0, 0)     # PR_SET_PDEATHSIG: no worker outlives its node
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        keep = {0, 1, 2, self.arena.fd, sock.fileno() if sock else -1}
+        for fd in map(int, os.listdir("/proc/self/fd")):
+            with contextlib.suppress(OSError):      # the listing's own is closed already
+                if fd not in keep:
+                    os.close(fd)
+        gc.freeze()                                 # the hub's objects: do not touch their pages
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("500")                       # short of memory, the kernel should take workers before the driver
+        sys.stdout.reconfigure(line_buffering=True)
+        os.environ.update(env)
+        if "numpy.random" in sys.modules:
+            sys.modules["numpy.random"].seed()
+        own = sock or _connect(self.config["address"], self.config["key"])
+        client = _set_client(Client(own, self.arena, self.config | settings))
+        client.worker = Worker(client)
+        if sock is None:
+            client.send("hello_worker", settings["worker"])
+        client.worker.live()
+
+    def read_log(self, worker_id):
+        try:
+            data = os.read(self.logs[worker_id], 1 << 16)
+        except BlockingIOError:
+            return False
+        if data:
+            self.report("log", worker_id, self.workers[worker_id], data)
+        else:
+            self.loop.forget(self.logs[worker_id])
+        return bool(data)
+
+    def signal(self, worker_id, number):
+        if worker_id in self.workers:
+            os.kill(self.workers[worker_id], number)
+
+    def reap(self):
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            if pid not in self.pids:
+                continue
+            worker_id = self.pids.pop(pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)      # what it started goes with it
+            while self.read_log(worker_id): pass
+            log = self.logs.pop(worker_id)
+            self.loop.forget(log)
+            os.close(log)
+            del self.workers[worker_id]
+            self.report("exited", worker_id, pid, os.waitstatus_to_exitcode(status))
+
+    def read(self, token, offset, size):
+        self.report("bytes", token, os.pread(self.arena.fd, size, offset))
+
+    def write(self, token, offset, data):
+        os.pwrite(self.arena.fd, data, offset)
+        self.report("wrote", token)
+
+    def end(self):
+        """Kills everything below this process, also what has left its process group."""
+        while True:
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                    if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
+                        os.kill(int(pid), signal.SIGKILL)
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+
+# --- resources and scheduling: where may it run? candidates() and place_bundles() are all of the policies ---
+
+class Pool:
+    """Resources that are taken and given back: those of a node, or of a bundle, which took them from a node."""
+
+    def __init__(self, total, node=None, gpus=None):
+        self.total, self.free, self.node = total, dict(total), node or self
+        self.gpus = {i: UNIT for i in range(total.get("GPU", 0) // UNIT)} if gpus is None else gpus
+
+    def pick_gpus(self, amount):
+        """Whole GPUs, or a share of the fullest that has room for it; None if there is none such."""
+        if amount >= UNIT:
+            whole = [gpu for gpu, free in self.gpus.items() if free == UNIT][:amount // UNIT]
+            return {gpu: UNIT for gpu in whole} if len(whole) * UNIT == amount else None
+        fitting = [gpu for gpu, free in self.gpus.items() if free >= amount]
+        return {min(fitting, key=self.gpus.get): amount} if fitting else None
+
+    def could_fit(self, demand):
+        return all(self.total.get(name, 0) >= amount for name, amount in demand.items())
+
+    def fits(self, demand):
+        return (all(self.free.get(name, 0) >= amount for name, amount in demand.items())
+                and (not demand.get("GPU") or self.pick_gpus(demand["GPU"]) is not None))
+
+    def take(self, demand):
+        gpus = self.pick_gpus(demand["GPU"]) if demand.get("GPU") else {}
+        self.give(demand, gpus, sign=-1)
+        return gpus
+
+    def give(self, demand, gpus, sign=1):
+        for name, amount in demand.items():
+            self.free[name] = self.free.get(name, 0) + sign * amount
+        for gpu, amount in gpus.items():
+            self.gpus[gpu] += sign * amount
+
+    def load(self):
+        return max((1 - self.free[name] / total for name, total in self.total.items() if total), default=0)
+
+def candidates(strategy, nodes, groups):
+    """The pools in which a task may run, best first."""
+    match strategy:
+        case ("group", group, index):               # one of its bundles, or any
+            bundles = groups[group].pools if group in groups else []
+            return [b for b in (bundles if index < 0 else bundles[index:index + 1]) if b.node in nodes]
+        case ("node", wanted, soft):                # that node; others only if soft
+            return sorted((n for n in nodes if soft or n.id == wanted), key=lambda n: n.id != wanted)
+        case "SPREAD":                              # the emptiest first, and in turns
+            return sorted(nodes, key=lambda n: (n.load(), n.started))
+        case _:                                     # fill one node after the other up to half, then the emptiest
+            return sorted(nodes, key=lambda n: max(n.load(), 0.5))
+
+def place_bundles(bundles, strategy, nodes):
+    """A node for every bundle, or None. PACK wants few nodes, SPREAD many; STRICT_ insists on one, or on one each."""
+    whole = _sum(bundles)
+    together = [node for node in nodes if strategy.endswith("PACK") and node.fits(whole)]
+    if together or strategy == "STRICT_PACK":
+        return [together[0]] * len(bundles) if together else None
+    twins, counts, placed = [Pool(node.free, gpus=dict(node.gpus)) for node in nodes], [0] * len(nodes), {}
+    for b in sorted(range(len(bundles)), key=lambda b: -sum(bundles[b].values())):     # the largest first
+        fitting = [i for i, twin in enumerate(twins)
+                   if twin.fits(bundles[b]) and not (strategy == "STRICT_SPREAD" and counts[i])]
+        if not fitting:
+            return None
+        i = (max if strategy == "PACK" else min)(fitting, key=lambda i: (counts[i], sum(twins[i].free.values())))
+        counts[i] += 1
+        twins[i].take(bundles[b])
+        placed[b] = nodes[i]
+    return [placed[b] for b in range(len(bundles))]
+
+# --- the hub: one thread that knows everything ---
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Object:
+    holds: int = 1                  # refs in clients, tasks that need it, objects that contain it: freed at 0
+    maker: "Task" = None
+    waiting: list = dataclasses.field(default_factory=list)     # tasks, and (peer, key of its ref, is AWAY enough?)
+    done: bool = False
+    failed: bool = False
+    payload: bytes = None           # a small value
+    places: dict = dataclasses.field(default_factory=dict)      # of a large one: node -> offset in its arena
+    size: int = 0
+    inside: list = ()               # ids of the refs that the value contains
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Task:
+    id: int
+    kind: int                       # which function or class, with which options
+    method: str                     # of an actor; "__init__" makes the actor; "" is a plain task
+    payload: bytes                  # (args, kwargs); None if they are the value of deps[0]
+    deps: list                      # refs that are arguments themselves: it runs when they are there
+    refs: list                      # all refs in the arguments, at any depth: they live until it has run
+    returns: list
+    actor: int
+    parent: int
+    retries: int
+    owner: "Peer" = None
+    missing: int = 0                # deps that are not there yet
+    worker: "Peer" = None
+    cancelled: bool = False
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Actor:
+    id: int
+    creation: Task
+    options: dict
+    restarts: int                   # how many are left
+    worker: "Peer" = None
+    alive: bool = False             # its constructor has returned
+    death: bytes = None             # the error that every further call gets
+    unheld: bool = False            # no handle is left: it ends when its calls are done
+    kept: list = ()                 # refs of the constructor's arguments, for a restart
+    lanes: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(collections.deque))
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Peer:
+    """The driver or a worker, seen from the hub."""
+    id: str
+    node: Pool
+    channel: Channel = None
+    holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    unsealed: set = dataclasses.field(default_factory=set)      # offsets in the arena that it may be writing to
+    kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
+    running: dict = dataclasses.field(default_factory=dict)     # task id -> task
+    actor: Actor = None
+    grant: tuple = None             # (pool, demand, gpus) that it holds
+    blocked: int = 0                # how many of its threads wait for values
+    lent: bool = False              # its CPU, meanwhile
+    single: bool = False            # has an actor, GPUs or an environment: runs no further task
+    exiting: bool = False           # on purpose
+    label: str = ""                 # what it runs, for its log
+    line: bytes = b""               # what it has printed of a line so far
+
+class Hub:
+    """on_X(peer, ...) handles message X, ask_X(peer, ...) answers question X, report_X(node, ...) is news of a node."""
+
+    def __init__(self, config, sock, arena, listener):
+        self.config, self.loop, self.alive, self.changed, self.stderr = config, Loop(), True, False, bytearray()
+        self.objects, self.tasks, self.kinds, self.actors, self.names, self.groups = {}, {}, {}, {}, {}, {}
+        self.peers, self.nodes, self.transfers, self.waiting_groups = {}, [], {}, []
+        self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
+        self.local = Node(self.loop, arena, config, functools.partial(self.report, None))
+        self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
+        self.driver = self.peers["driver"] = Peer("driver", self.head)
+        self.driver.channel = Channel(self.loop, functools.partial(self.handle, self.driver), self.stop, sock)
+        self.loop.watch(os.pidfd_open(os.getppid()), self.stop)     # also while a child of the driver holds its socket
+        if listener:
+            self.loop.watch(listener.fileno(), lambda: self.greet(listener.accept()[0]))
+
+    def run(self):
+        try:
+            while self.alive:
+                self.loop.turn()
+                if self.changed:
+                    self.changed = False
+                    self.schedule()
+                self.loop.flush()
+        finally:
+            self.local.end()
+
+    def stop(self):
+        self.alive = False
+
+    def handle(self, peer, messages):
+        for name, *args in messages:
+            getattr(self, "on_" + name)(peer, *args)
+
+    def on_job(self, peer, namespace, env):
+        self.namespace, self.env = namespace, env
+
+    def on_ask(self, peer, number, name, *args):
+        try:
+            peer.channel.send("answer", number, True, getattr(self, "ask_" + name)(peer, *args))
+        except ValueError as error:
+            peer.channel.send("answer", number, False, error)
+
+    def report(self, node, what, *args):
+        getattr(self, "report_" + what)(node or self.head, *args)
+
+    # - objects: counted, found, shown -
+
+    def hold(self, oids):
+        for oid in oids:
+            if oid in self.objects:
+                self.objects[oid].holds += 1
+
+    def release(self, oids):
+        stack = list(oids)
+        while stack:
+            oid = stack.pop()
+            obj = self.objects.get(oid)
+            if obj is None:
+                continue
+            obj.holds -= 1
+            if obj.holds:
+                continue
+            del self.objects[oid]
+            stack += obj.inside
+            for node, offset in obj.places.items():
+                node.space.give(offset)
+            if oid in self.actors:
+                self.actors[oid].unheld = True
+                self.end_if_unused(self.actors[oid])
+
+    def on_hold(self, peer, oids):
+        peer.holds.update(oids)
+        self.hold(oids)
+
+    def on_drop(self, peer, oids):
+        for oid in oids:
+            if peer.holds[oid] > 0:
+                self.release([oid])
+            peer.holds[oid] -= 1
+            if peer.holds[oid] <= 0:
+                del peer.holds[oid]
+
+    def on_put(self, peer, oid, value, refs):
+        self.objects[oid] = Object()
+        peer.holds[oid] += 1
+        self.seal(oid, peer, value, refs)
+
+    def seal(self, oid, peer, value, refs, failed=False):
+        """The value is there: bytes, or (offset, size) in the arena of the peer's node."""
+        obj = self.objects.get(oid)
+        large = type(value) is tuple
+        if large:
+            peer.unsealed.discard(value[0])
+        if obj is None:                             # nobody waits for it any more
+            if large: peer.node.space.give(value[0])
+            return
+        obj.done, obj.failed, obj.inside, obj.maker = True, failed, refs, None
+        if large:
+            obj.places[peer.node], obj.size = value
+        else:
+            obj.payload = value
+        self.hold(refs)
+        waiting, obj.waiting = obj.waiting, []
+        for waiter in waiting:
+            if type(waiter) is tuple:
+                self.show(oid, obj, *waiter)
+            else:
+                waiter.missing -= 1
+                if not waiter.missing:
+                    self.ready(waiter)
+
+    def locate(self, obj, node):
+        if obj.payload is not None:
+            return obj.payload
+        return (obj.places[node], obj.size) if node in obj.places else AWAY
+
+    def show(self, oid, obj, peer, key, needed):
+        value = self.locate(obj, peer.node)
+        if peer.id not in self.peers:
+            return
+        if value is AWAY and needed:
+            self.fetch(oid, obj, peer, key)
+        else:
+            peer.channel.send("value", key, value)
+
+    def on_want(self, peer, key, oid, needed):
+        obj = self.objects.get(oid)
+        if obj is None:
+            error = ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left")
+            peer.channel.send("value", key, pack_error(error))
+        elif obj.done:
+            self.show(oid, obj, peer, key, needed)
+        else:
+            obj.waiting.append((peer, key, needed))
+
+    def ask_allocate(self, peer, size):
+        offset = peer.node.space.take(size)
+        if offset is not None:
+            peer.unsealed.add(offset)
+        return offset
+
+    # - objects go to another node when they are needed there, chunk by chunk: read, write, and the next -
+
+    def fetch(self, oid, obj, peer, key):
+        for transfer in self.transfers.values():
+            if transfer.oid == oid and transfer.target is peer.node:
+                return transfer.waiting.append((peer, key, True))
+        offset = peer.node.space.take(obj.size)
+        if offset is None:
+            error = ObjectStoreFullError(f"node {peer.node.id} has no room for a copy of {obj.size:,} bytes")
+            return peer.channel.send("value", key, pack_error(error))
+        self.hold([oid])                            # or either end might be given to other objects
+        token, (source, start) = secrets.randbits(62), next(iter(obj.places.items()))
+        self.transfers[token] = types.SimpleNamespace(
+            oid=oid, size=obj.size, done=0, source=source, start=start, target=peer.node, offset=offset,
+            waiting=[(peer, key, True)])
+        source.tell("read", token, start, min(CHUNK, obj.size))
+
+    def report_bytes(self, node, token, data):
+        if transfer := self.transfers.get(token):
+            position = transfer.offset + transfer.done
+            transfer.done += len(data)
+            transfer.target.tell("write", token, position, data)
+
+    def report_wrote(self, node, token):
+        transfer = self.transfers.get(token)
+        if transfer and transfer.done < transfer.size:
+            size = min(CHUNK, transfer.size - transfer.done)
+            transfer.source.tell("read", token, transfer.start + transfer.done, size)
+        elif transfer:
+            self.objects[transfer.oid].places[transfer.target] = transfer.offset
+            self.end_transfer(token)
+
+    def end_transfer(self, token):
+        transfer = self.transfers.pop(token)
+        for waiter in transfer.waiting:             # of the copy; or from another one; or the news that all are lost
+            self.show(transfer.oid, self.objects[transfer.oid], *waiter)
+        self.release([transfer.oid])
+
+    # - tasks -
+
+    def on_kind(self, peer, kind, name, blob, options):
+        self.kinds[kind] = name, blob, options
+
+    def on_submit(self, peer, *fields):
+        task = Task(*fields, owner=peer)
+        self.tasks[task.id] = task
+        for oid in task.returns:
+            self.objects[oid] = Object(maker=task, waiting=[(peer, oid, False)])
+            peer.holds[oid] += 1
+        self.hold(task.refs)
+        if task.method == "__init__":
+            options = self.kinds[task.kind][2]
+            self.actors[task.actor] = Actor(task.actor, task, options, options["max_restarts"])
+            self.objects[task.actor].holds += options["detached"]
+        actor = self.actors.get(task.actor)
+        if task.actor and (actor is None or actor.death is not None):
+            gone = actor is None and pack_error(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
+            return self.finish(task, error=gone or actor.death)
+        for oid in set(task.deps):
+            if oid not in self.objects:
+                lost = ObjectLostError(f"argument {oid:024x} is gone: it was freed, as no ref to it was left")
+                return self.finish(task, error=pack_error(lost))
+            if not self.objects[oid].done:
+                task.missing += 1
+                self.objects[oid].waiting.append(task)
+        if actor and task.method != "__init__":
+            actor.lanes[self.lane(task, actor)].append(task)
+        if not task.missing:
+            self.ready(task)
+
+    @staticmethod
+    def lane(task, actor):
+        """The calls of one caller keep their order; where calls run at the same time, there is none to keep."""
+        return task.owner.id if actor.options["ordered"] else task.id
+
+    def ready(self, task):
+        """All of its arguments are there."""
+        failed = next((oid for oid in task.deps if self.objects[oid].failed), None)
+        if failed is not None and task.method == "__init__":
+            self.actor_died(self.actors[task.actor], self.objects[failed].payload)
+        elif failed is not None:
+            self.finish(task, error=self.objects[failed].payload)
+        elif task.actor and task.method != "__init__":
+            self.advance(self.actors[task.actor], self.lane(task, self.actors[task.actor]))
+        else:
+            self.queues[self.kinds[task.kind][2]["shape"]].append(task)
+            self.changed = True
+
+    def advance(self, actor, lane):
+        tasks = actor.lanes.get(lane, ())
+        while tasks and (tasks[0].id not in self.tasks or actor.alive and not tasks[0].missing):
+            task = tasks.popleft()
+            if task.id in self.tasks:               # else it is over already: cancelled, or an argument failed
+                self.dispatch(task, actor.worker)
+        if not tasks:
+            actor.lanes.pop(lane, None)
+
+    def schedule(self):
+        """Starts all that fits. What asks for the same waits in one queue; only its first has to be looked at."""
+        for group in list(self.waiting_groups):
+            self.place_group(group)
+        for shape, tasks in list(self.queues.items()):
+            while tasks and (tasks[0].id not in self.tasks or self.start(tasks[0])):
+                tasks.popleft()
+            if not tasks:
+                del self.queues[shape]
+
+    def start(self, task):
+        """False if it has to wait."""
+        name, _, options = self.kinds[task.kind]
+        demand, strategy = options["demand"], options["strategy"]
+        if strategy[0] == "group" and any(group.id == strategy[1] for group in self.waiting_groups):
+            return False
+        pools = candidates(strategy, self.nodes, self.groups)
+        if not any(pool.could_fit(demand) for pool in pools):
+            self.fail_unschedulable(task, name, demand)
+            return True
+        pool = next((pool for pool in pools if pool.fits(demand)), None)
+        if pool is None or not (demand or task.actor) and pool.node.busy >= 64:     # what asks for nothing waits, too
+            return False
+        gpus = pool.take(demand)
+        worker = self.find_worker(pool.node, options["env"], gpus, task.actor)
+        worker.grant = pool, demand, gpus
+        pool.node.busy += 1
+        if task.actor:
+            worker.actor = self.actors[task.actor]
+            worker.actor.worker = worker
+        self.dispatch(task, worker)
+        return True
+
+    def fail_unschedulable(self, task, name, demand):
+        wants = ", ".join(f"{amount:g} {kind}" for kind, amount in _amounts(demand).items()) or "nothing"
+        text = f"{name} asks for {wants}: where its scheduling strategy looks, no node or bundle could ever hold that"
+        if task.actor:
+            self.actor_died(self.actors[task.actor], pack_error(ActorUnschedulableError(text)))
+        else:
+            self.finish(task, error=pack_error(TaskUnschedulableError(text)))
+
+    def find_worker(self, node, env, gpus, actor):
+        special = bool(env or gpus)
+        if node.idle and not special:
+            worker = node.idle.pop()
+        else:
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))} if node.gpus else {}
+            worker = self.fork(node, visible | env, sorted(gpus))
+        worker.single = bool(special or actor)
+        return worker
+
+    def fork(self, node, env, gpus):
+        worker = Peer(secrets.token_hex(14), node)
+        self.peers[worker.id] = worker
+        worker.channel = Channel(self.loop, functools.partial(self.handle, worker),
+                                 lambda: node.tell("signal", worker.id, signal.SIGKILL))
+        node.started += 1
+        env, settings = self.env | env, {"worker": worker.id, "gpus": gpus, "namespace": self.namespace}
+        if node is not self.head:
+            node.tell("fork", worker.id, env, settings)
+            return worker
+        ours, theirs = socket.socketpair()
+        worker.channel.attach(ours)
+        node.tell("fork", worker.id, env, settings, theirs)
+        theirs.close()
+        return worker
+
+    def dispatch(self, task, worker):
+        name, blob, options = self.kinds[task.kind]
+        if task.kind not in worker.kinds:
+            worker.kinds.add(task.kind)
+            worker.channel.send("kind", task.kind, name, blob, options)
+        if worker.label != name and worker.node is self.head and worker.id in self.local.logs:
+            while self.local.read_log(worker.id): pass          # what the task before it has printed
+        worker.label = name
+        worker.running[task.id], task.worker = task, worker
+        values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
+        worker.channel.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
+                            task.actor)
+
+    def on_done(self, worker, tid, results, failed):
+        task, actor = worker.running.pop(tid, None), worker.actor
+        if task is None:
+            return
+        if actor is None:
+            self.give_back(worker)
+        again = failed and task.retries and not actor and not task.cancelled
+        if again and self.kinds[task.kind][2]["retry_exceptions"]:
+            task.retries, task.worker = task.retries - 1, None
+            return self.ready(task)
+        if actor and task.method == "__init__":
+            if failed:
+                return self.actor_died(actor, results[0][0])
+            actor.alive = True
+        self.finish(task, results, failed, worker)
+        if actor and task.method == "__init__":
+            for lane in list(actor.lanes):
+                self.advance(actor, lane)
+            self.end_if_unused(actor)
+
+    def finish(self, task, results=(), failed=False, worker=None, error=None):
+        """The one end of every task: its values or its error are shown, what it held is let go."""
+        if self.tasks.pop(task.id, None) is None:
+            return
+        if error is not None:
+            results, failed = [(error, ())] * len(task.returns), True
+        for oid, (value, refs) in zip(task.returns, results):
+            self.seal(oid, worker, value, refs, failed)
+        actor = self.actors.get(task.actor)
+        if actor and task is actor.creation and not failed and actor.restarts:
+            actor.kept = task.refs
+        else:
+            self.release(task.refs)
+        if actor and task is not actor.creation:
+            self.advance(actor, self.lane(task, actor))
+            self.end_if_unused(actor)
+
+    def give_back(self, worker):
+        """A task is done: its resources are free, and so is its worker."""
+        self.free_grant(worker)
+        node = worker.node
+        if worker.single or len(node.idle) >= max(1, node.total.get("CPU", 0) // UNIT):
+            worker.channel.send("exit")
+        else:
+            node.idle.append(worker)
+
+    def free_grant(self, worker):
+        if worker.grant:
+            pool, demand, gpus = worker.grant
+            self.lend(worker, False)
+            pool.give(demand, gpus)
+            pool.node.busy -= 1
+            worker.grant, self.changed = None, True
+
+    def on_blocked(self, worker, change):
+        worker.blocked += change
+        self.lend(worker, worker.blocked > 0)
+
+    def lend(self, worker, lent):
+        """What waits for a value lends its CPU to others, or nested tasks would wait for a CPU for ever."""
+        if worker.grant and worker.lent != lent:
+            pool, demand, _ = worker.grant
+            pool.give({"CPU": demand.get("CPU", 0)}, {}, sign=1 if lent else -1)
+            pool.node.busy -= 1 if lent else -1
+            worker.lent, self.changed = lent, True
+
+    def on_cancel(self, peer, oid, force, recursive):
+        obj = self.objects.get(oid)
+        if obj and obj.maker:
+            self.cancel(obj.maker, force, recursive)
+
+    def cancel(self, task, force, recursive):
+        children = [other for other in self.tasks.values() if recursive and other.parent == task.id]
+        task.cancelled = True
+        if task.worker is None:
+            self.finish(task, error=pack_error(TaskCancelledError("the task was cancelled before it began")))
+        elif force and not task.actor:
+            task.worker.node.tell("signal", task.worker.id, signal.SIGKILL)
+        else:
+            task.worker.channel.send("cancel", task.id)
+            if not task.actor:                      # the message says which task; the signal makes the worker look
+                task.worker.channel.flush()
+                task.worker.node.tell("signal", task.worker.id, signal.SIGINT)
+        for child in children:
+            self.cancel(child, force, recursive)
+
+    # - workers that end, and what that means -
+
+    def report_exited(self, node, worker_id, pid, code):
+        worker = self.peers.get(worker_id)
+        if worker is None:
+            return
+        while worker.channel.sock and worker.channel.read(): pass       # its last words
+        if worker.line:
+            self.report_log(node, worker_id, pid, b"\n")
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        self.worker_died(worker, f"process {pid} of {worker.label} on node {node.id[:8]} {how}")
+
+    def worker_died(self, worker, reason):
+        del self.peers[worker.id]
+        worker.channel.close()
+        if worker in worker.node.idle:
+            worker.node.idle.remove(worker)
+        self.free_grant(worker)
+        running, worker.running = list(worker.running.values()), {}
+        for task in running:
+            task.worker = None
+        if worker.actor:
+            self.actor_stopped(worker, running, reason)
+        for task in running if not worker.actor else ():
+            if task.cancelled:
+                self.finish(task, error=pack_error(TaskCancelledError("the task was cancelled")))
+            elif task.retries:
+                task.retries -= 1
+                self.ready(task)
+            else:
+                self.finish(task, error=pack_error(WorkerCrashedError(reason)))
+        for oid, count in worker.holds.items():
+            self.release([oid] * count)
+        for offset in worker.unsealed:
+            worker.node.space.give(offset)
+
+    def actor_stopped(self, worker, running, reason):
+        """The process is gone. The actor starts again, and calls that may be repeated wait for that; or it is dead."""
+        actor = worker.actor
+        if actor.death is not None:
+            return
+        if worker.exiting or not actor.restarts:
+            return self.actor_died(actor, pack_error(ActorDiedError(f"the actor is dead: {reason}")), running)
+        actor.restarts -= 1
+        actor.alive, actor.worker = False, None
+        for task in reversed(running):              # in front of those that wait, in their old order
+            if task.retries and task is not actor.creation:
+                task.retries -= 1
+                actor.lanes[self.lane(task, actor)].appendleft(task)
+            elif task is not actor.creation:
+                error = ActorUnavailableError(f"{reason} in the middle of this call; the actor starts again")
+                self.finish(task, error=pack_error(error))
+        self.tasks[actor.creation.id] = actor.creation
+        self.ready(actor.creation)
+
+    def actor_died(self, actor, error, running=()):
+        actor.death, actor.alive, actor.restarts = error, False, 0
+        self.names = {name: named for name, named in self.names.items() if named[0] != actor.id}
+        waiting = [task for lane in actor.lanes.values() for task in lane]
+        actor.lanes.clear()
+        if actor.creation.id not in self.tasks:
+            self.release(actor.kept)
+        for task in [actor.creation, *running, *waiting]:
+            self.finish(task, error=error)
+        if actor.worker and actor.worker.id in self.peers:
+            actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
+        self.end_if_unused(actor)
+
+    def end_if_unused(self, actor):
+        if actor.unheld and actor.death is not None:
+            self.actors.pop(actor.id, None)
+        elif actor.unheld and actor.alive and not actor.lanes and not actor.worker.running:
+            actor.worker.exiting = True
+            actor.worker.channel.send("exit")
+
+    def on_exiting(self, worker):
+        worker.exiting = True
+
+    def on_kill(self, peer, aid, no_restart):
+        actor = self.actors.get(aid)
+        if actor is None or actor.death is not None:
+            return
+        if no_restart:
+            running = list(actor.worker.running.values()) if actor.worker else ()
+            self.actor_died(actor, pack_error(ActorDiedError("the actor is dead: it was killed by kill()")), running)
+        elif actor.worker:
+            actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
+
+    def ask_claim_name(self, peer, aid, name, info, get_if_exists):
+        """None if the name is free; or the actor that has it."""
+        if name in self.names and get_if_exists:
+            return self.ask_actor(peer, name)
+        if name in self.names:
+            raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
+        self.names[name] = aid, info
+        return None
+
+    def ask_actor(self, peer, name):
+        aid, info = self.names.get(name, (None, None))
+        if aid not in self.objects:
+            raise ValueError(f"no actor named {name[1]!r} lives in namespace {name[0]!r}")
+        self.on_hold(peer, [aid])
+        return aid, info
+
+    # - what the workers print -
+
+    def report_log(self, node, worker_id, pid, data):
+        if worker := self.peers.get(worker_id):
+            *lines, worker.line = (worker.line + data).split(b"\n")
+            self.print(b"".join(b"(%s pid=%d) %s\n" % (worker.label.encode(), pid, line) for line in lines))
+
+    def print(self, data):
+        """To the driver's stderr, without ever waiting for it: what does not read must not stop the hub."""
+        self.stderr += data[:max(0, (1 << 20) - len(self.stderr))]
+        while self.stderr and select.select([], [2], [], 0)[1]:
+            try:
+                del self.stderr[:os.write(2, self.stderr[:select.PIPE_BUF])]
+            except OSError:
+                self.stderr.clear()
+        if self.stderr and 2 not in self.loop.handlers:
+            self.loop.watch(2, lambda: (self.loop.forget(2), self.print(b"")), select.EPOLLOUT)
+
+    # - placement groups -
+
+    def on_group(self, peer, gid, bundles, strategy, name, value):
+        self.objects[gid] = Object(holds=2, waiting=[(peer, gid, False)])       # one of the holds is the group's own
+        peer.holds[gid] += 1
+        self.groups[gid] = types.SimpleNamespace(id=gid, bundles=bundles, strategy=strategy, name=name, value=value,
+                                                 pools=[], grants=[])
+        self.waiting_groups.append(self.groups[gid])
+        self.changed = True
+
+    def place_group(self, group):
+        nodes = sorted(self.nodes, key=Pool.load, reverse=group.strategy.endswith("PACK"))
+        placed = place_bundles(group.bundles, group.strategy, nodes)
+        if placed is None and place_bundles(group.bundles, group.strategy, [Pool(node.total) for node in nodes]):
+            return                                  # later, when others have ended
+        self.waiting_groups.remove(group)
+        for node, bundle in zip(placed or (), group.bundles):
+            gpus = node.take(bundle)
+            group.grants.append((node, bundle, gpus))
+            group.pools.append(Pool(bundle, node, dict(gpus)))
+        text = f"no nodes could ever hold a placement group of {list(map(_amounts, group.bundles))}, {group.strategy}"
+        value = group.value if placed else pack_error(TaskUnschedulableError(text))
+        self.seal(group.id, self.driver, value, (), not placed)
+
+    def on_remove_group(self, peer, gid):
+        group = self.groups.pop(gid, None)
+        if group is None:
+            return
+        for worker in list(self.peers.values()):
+            if worker.grant and worker.grant[0] in group.pools:
+                if worker.actor:
+                    error = ActorDiedError("the actor is dead: its placement group was removed")
+                    self.actor_died(worker.actor, pack_error(error), list(worker.running.values()))
+                worker.node.tell("signal", worker.id, signal.SIGKILL)
+        for node, bundle, gpus in group.grants:
+            node.give(bundle, gpus)
+        if group in self.waiting_groups:
+            self.waiting_groups.remove(group)
+        self.release([gid])
+        self.changed = True
+
+    def ask_groups(self, peer):
+        return {f"{gid:024x}": {
+            "placement_group_id": f"{gid:024x}", "name": group.name, "strategy": group.strategy,
+            "bundles": dict(enumerate(map(_amounts, group.bundles))), "state": "CREATED" if group.pools else "PENDING",
+            "bundles_to_node_id": {i: pool.node.id for i, pool in enumerate(group.pools)}}
+            for gid, group in self.groups.items()}
+
+    # - nodes -
+
+    def add_node(self, config, tell):
+        """tell(name, *arguments) calls a method of the Node, here or in another process."""
+        node = Pool(config["resources"])
+        node.id, node.tell, node.space = config["node"], tell, Space(config["store"])
+        node.idle, node.busy, node.started = [], 0, 0
+        self.nodes.append(node)
+        self.changed = True
+        return node
+
+    def greet(self, sock):
+        """A stranger is heard for 64 bytes, which have to prove that it has the key. Nothing is unpickled before."""
+        nonce, heard = secrets.token_bytes(32), bytearray()
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.send(nonce)
+
+        def listen():
+            data = b""
+            with contextlib.suppress(OSError):
+                data = sock.recv(64 - len(heard))
+            heard.extend(data)
+            if data and len(heard) < 64:
+                return
+            self.loop.forget(sock.fileno())
+            theirs, proof = bytes(heard[:32]), bytes(heard[32:])
+            if not hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs)):
+                return sock.close()
+            sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
+            friend = types.SimpleNamespace()
+            friend.channel = Channel(self.loop, functools.partial(self.handle, friend), lambda: None, sock)
+
+        self.loop.watch(sock.fileno(), listen)
+
+    def on_hello_worker(self, friend, worker_id):
+        """A worker that another node has forked for us: messages for it are waiting."""
+        sock, worker = friend.channel.sock, self.peers.get(worker_id)
+        self.loop.forget(sock.fileno())
+        if worker:
+            worker.channel.attach(sock)
+
+    def on_hello_node(self, friend, config):
+        node = self.add_node(config, friend.channel.send)
+        friend.channel.on_messages = lambda messages: [self.report(node, *message) for message in messages]
+        friend.channel.on_close = lambda: self.node_died(node)
+        friend.channel.send({name: self.config[name] for name in ("job", "preload")})
+
+    def node_died(self, node):
+        self.nodes.remove(node)
+        for oid, obj in self.objects.items():
+            if obj.places.pop(node, None) is not None and not obj.places:
+                obj.failed = True
+                obj.payload = pack_error(ObjectLostError(f"object {oid:024x}: its only copy died with its node"))
+        for worker in [peer for peer in self.peers.values() if peer.node is node]:
+            self.worker_died(worker, f"node {node.id[:8]} died, and {worker.label} with it")
+        for token, transfer in list(self.transfers.items()):
+            if node is transfer.target or node is transfer.source and transfer.done < transfer.size:
+                transfer.target.space.give(transfer.offset)
+                self.end_transfer(token)
+
+    def ask_nodes(self, peer):
+        return [{"NodeID": node.id, "Alive": True, "NodeManagerAddress": self.config["host"] or "127.0.0.1",
+                 "Resources": _amounts(node.total) | {"object_store_memory": float(node.space.size)},
+                 "Available": _amounts(node.free) | {"object_store_memory": float(node.space.free)}}
+                for node in self.nodes]
+
+def _amounts(resources):
+    return {name: amount / UNIT for name, amount in resources.items() if amount > 0}
+
+# --- the client: what the driver and the workers have in common ---
+
+class ObjectRef:
+    """A promise, and where its value arrives: `payload` is None, AWAY, packed bytes, or (offset, size) in the arena."""
+    __slots__ = "client", "id", "key", "payload", "callbacks", "wanted", "urgent", "__weakref__"
+
+    def __init__(self, client, id, payload=None, borrowed=False):
+        self.client, self.id, self.payload = client, id, payload
+        self.key = next(client.ids) if borrowed else id         # the maker of an object is told of its value by its id
+        self.callbacks, self.wanted, self.urgent = [], False, False
+        client.refs[self.key] = weakref.ref(self)
+
+    def __del__(self):
+        self.client.drop(self)
+
+    def __reduce__(self):
+        refs = _pickled_refs.get()
+        if refs is not None:
+            refs.append(self.id)
+        return _borrow, (self.id,)
+
+    def hex(self): return f"{self.id:024x}"
+    def __repr__(self): return f"ObjectRef({self.hex()})"
+    def __hash__(self): return hash(self.id)
+    def __eq__(self, other): return isinstance(other, ObjectRef) and self.id == other.id
+    def __await__(self): return self.client.value_async(self).__await__()
+
+    def future(self):
+        """The value as a concurrent.futures.Future."""
+        from concurrent.futures import ThreadPoolExecutor
+        executor = ThreadPoolExecutor(1)
+        future = executor.submit(get, self)
+        executor.shutdown(wait=False)
+        return future
+
+def _borrow(oid):
+    """A ref that came inside of a value. Whoever sent it holds the object until the hub has read this message."""
+    client = _connected()
+    client.send("hold", [oid])
+    return ObjectRef(client, oid, borrowed=True)
+
+class Shield:
+    """Under it, Ctrl-C (or a cancel) waits: half a message would be the end of the connection."""
+
+    def __init__(self, act):
+        self.act, self.depth, self.rang, self.main = act, 0, False, threading.get_ident()
+
+    def __enter__(self):
+        self.depth += threading.get_ident() == self.main
+
+    def __exit__(self, *_):
+        if threading.get_ident() == self.main:
+            self.depth -= 1
+            if self.rang and not self.depth:
+                self.rang = False
+                self.act()
+
+    def ring(self, *_):
+        """The handler of SIGINT."""
+        if self.depth:
+            self.rang = True
+        else:
+            self.act()
+
+_current = contextvars.ContextVar("current", default=None)      # the Call that runs here
+Call = collections.namedtuple("Call", "id kind method payload values deps returns actor")
+
+class Client:
+    """One socket to the hub. Who has to wait reads it, so that where there is one thread, none has to wake another."""
+
+    def __init__(self, sock, arena, config):
+        self.sock, self.arena, self.config, self.closed, self.worker = sock, arena, config, False, None
+        self.ids = itertools.count(secrets.randbits(64) << 32)
+        self.refs, self.answers, self.dropped = {}, {}, collections.deque()
+        self.outbox, self.sending = collections.deque(), threading.Lock()
+        self.buffer, self.chunk, self.poller = bytearray(), bytearray(CHUNK), select.poll()
+        self.news, self.reading, self.arrivals, self.loop = threading.Condition(), False, 0, None
+        self.handlers = {"value": self.on_value, "answer": self.on_answer}
+        self.poller.register(sock, select.POLLIN)
+        self.shield, self.old_handler = Shield(self.interrupted), None
+        if threading.current_thread() is threading.main_thread() and (
+                signal.getsignal(signal.SIGINT) is signal.default_int_handler):
+            self.old_handler = signal.signal(signal.SIGINT, self.shield.ring)
+
+    def interrupted(self):
+        """SIGINT: in a worker the hub wants a task cancelled, in a driver it is Ctrl-C."""
+        if self.worker is None:
+            raise KeyboardInterrupt
+        self.worker.interrupted()
+
+    def close(self):
+        self.closed = True
+        if self.old_handler is not None:
+            signal.signal(signal.SIGINT, self.old_handler)
+        self.sock.close()
+
+    # - messages out: from any thread, and from the garbage collector in the middle of another message -
+
+    def send(self, *message):
+        self.queue_drops()
+        self.outbox.append(frame(*message))
+        self.flush()
+
+    def flush(self):
+        """Who gets the lock sends for all; who does not leaves its message to the one who has it, and never waits."""
+        while self.outbox and not self.closed and self.sending.acquire(blocking=False):
+            try:
+                with self.shield:
+                    while self.outbox:
+                        self.sock.sendall(b"".join([self.outbox.popleft() for _ in range(len(self.outbox))]))
+            except OSError:
+                self.closed = True
+            finally:
+                self.sending.release()
+
+    def drop(self, ref):
+        """A small value may stay until the next message; what holds memory, a process or other refs may not."""
+        self.refs.pop(ref.key, None)
+        self.dropped.append(ref.id)
+        if ref.urgent or type(ref.payload) is not bytes or ref.payload[1] or len(self.dropped) > 100:
+            self.queue_drops()
+            self.flush()
+
+    def queue_drops(self):
+        if self.dropped:
+            oids = []
+            with contextlib.suppress(IndexError):
+                while True: oids.append(self.dropped.popleft())
+            self.outbox.append(frame("drop", oids))
+
+    # - messages in -
+
+    def read(self):
+        """Handles what has arrived. `news` is held."""
+        with self.shield:
+            size = 0
+            try:
+                size = self.sock.recv_into(self.chunk, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                pass
+            if not size:
+                self.closed = True
+                if self.worker:
+                    os._exit(1)
+            self.buffer += memoryview(self.chunk)[:size]
+            for name, *args in cut(self.buffer):
+                self.handlers[name](*args)
+
+    def read_now(self):
+        with self.news:
+            if not self.reading:
+                self.read()
+                self.news.notify_all()
+
+    def wait_until(self, done, deadline=None):
+        """False if the deadline comes first. Of all that wait, one reads; the others sleep until it has news."""
+        self.queue_drops()
+        self.flush()
+        with self.news:
+            while not done():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                if self.closed:
+                    raise RaySystemError("the connection to the hub is closed; call init() again")
+                if self.reading:
+                    self.news.wait(left)
+                    continue
+                self.reading = True
+                self.news.release()
+                try:
+                    self.poller.poll(None if left is None else math.ceil(left * 1000))
+                finally:
+                    self.news.acquire()
+                    self.reading = False
+                    self.news.notify_all()          # if this thread is done, another has to read
+                self.read()
+        return True
+
+    def wait_blocked(self, done, deadline):
+        """wait_until, but a task that has to wait lends its CPU to others."""
+        if done():
+            return True
+        with self.blocked():
+            return self.wait_until(done, deadline)
+
+    @contextlib.contextmanager
+    def blocked(self):
+        call = _current.get()
+        if call: self.send("blocked", 1)
+        try:
+            yield
+        finally:
+            if call: self.send("blocked", -1)
+
+    def on_value(self, key, value):
+        ref = self.refs.get(key, lambda: None)()
+        if ref is not None:
+            ref.payload, ref.wanted = value, False
+            self.arrivals += 1
+            callbacks, ref.callbacks = ref.callbacks, []
+            for callback in callbacks:
+                callback()
+
+    def on_answer(self, number, fine, answer):
+        self.answers[number] = fine, answer
+
+    def ask(self, name, *args):
+        """A question to the hub, and its answer."""
+        number = next(self.ids)
+        self.send("ask", number, name, *args)
+        self.wait_until(lambda: number in self.answers)
+        fine, answer = self.answers.pop(number)
+        if not fine:
+            raise answer
+        return answer
+
+    # - values -
+
+    def pack(self, value, tag=b"V"):
+        """(bytes, or (offset, size) in the arena; ids of the refs inside)"""
+        pieces, size, refs = pack(value, tag)
+        if size <= INLINE:
+            return b"".join(pieces), refs
+        for patience in range(10):
+            offset = self.ask("allocate", size)
+            if offset is not None:
+                self.arena.write(offset, pieces)
+                return (offset, size), refs
+            if patience < 2: gc.collect()           # refs in reference cycles
+            time.sleep(0.005 * patience)            # refs that others are just letting go of
+        raise ObjectStoreFullError(f"no room for {size:,} bytes in the {self.arena.size:,} bytes of shared memory: let "
+                                   "go of refs and arrays, or init(object_store_memory=...) with more")
+
+    def put(self, value):
+        payload, refs = self.pack(value)
+        ref = ObjectRef(self, next(self.ids), payload)
+        self.send("put", ref.id, payload, refs)
+        return ref
+
+    def want(self, ref, needed):
+        """Asks for the value, unless it will come or is here. Without `needed`, to know that it is AWAY is enough."""
+        if ref.client is not self and (ref.payload is None or ref.payload is AWAY):
+            ref.payload = pack_error(ObjectLostError(f"{ref} is of a session that has ended"))
+        unasked = ref.payload is None and ref.key != ref.id
+        if not ref.wanted and (unasked or needed and ref.payload is AWAY):
+            ref.wanted = True
+            self.send("want", ref.key, ref.id, needed)
+
+    def get(self, refs, deadline=None):
+        for ref in refs:
+            self.want(ref, True)
+        for ref in refs:
+            while ref.payload is None or ref.payload is AWAY:
+                self.want(ref, True)
+                if not self.wait_blocked(lambda ref=ref, before=ref.payload: ref.payload is not before, deadline):
+                    raise GetTimeoutError(f"{ref} was not there in time")
+        return [self.value(ref) for ref in refs]
+
+    def value(self, ref):
+        packed = ref.payload if type(ref.payload) is bytes else ref.client.arena.view(*ref.payload, ref)
+        value = unpack(packed)
+        if packed[:1] == b"E":
+            raise value
+        return value
+
+    async def value_async(self, ref):
+        import asyncio
+        loop = asyncio.get_running_loop()
+        if self.loop is not loop:
+            loop.add_reader(self.sock.fileno(), self.read_now)
+            self.loop = loop
+
+        def arrive(arrived):
+            if asyncio._get_running_loop() is loop:
+                arrived.done() or arrived.set_result(None)
+            else:
+                with contextlib.suppress(RuntimeError):             # that loop is closed
+                    loop.call_soon_threadsafe(lambda: arrived.done() or arrived.set_result(None))
+
+        while ref.payload is None or ref.payload is AWAY:
+            before, arrived = ref.payload, loop.create_future()
+            ref.callbacks.append(functools.partial(arrive, arrived))
+            self.want(ref, True)
+            with self.blocked():
+                if ref.payload is before:
+                    await arrived
+        return self.value(ref)
+
+    # - calls -
+
+    def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0):
+        """Sends a call; `returns` are the ids of its values."""
+        try:
+            payload, refs = self.pack((args, kwargs))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise TypeError(_blame(args, kwargs, error)) from error
+        deps = [arg.id for arg in (*args, *kwargs.values()) if type(arg) is ObjectRef]
+        if type(payload) is tuple:                  # large arguments are an object of their own
+            packed = ObjectRef(self, next(self.ids), payload)
+            self.send("put", packed.id, payload, refs)
+            payload, deps, refs = None, [packed.id, *deps], [packed.id]
+        parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
+        tid = returns[0] if returns else next(self.ids)
+        self.send("submit", tid, kind, method, payload, deps, refs, returns, actor, parent.id if parent else 0, retries)
+        return promised
+
+def _blame(args, kwargs, error):
+    """Names the argument that cannot be pickled."""
+    for name, arg in [*enumerate(args), *kwargs.items()]:
+        try:
+            pack(arg)
+        except Exception as problem:
+            return f"argument {name!r}, of type {type(arg).__name__}, cannot be pickled: {problem}"
+    return str(error)
+
+# --- a worker's life ---
+
+class Worker:
+    """Runs tasks, or its actor's calls: one after the other, or in threads, or (an async actor) in an event loop."""
+
+    def __init__(self, client):
+        self.client, self.kinds, self.inbox, self.cancelled = client, {}, collections.deque(), set()
+        self.instance, self.main_call, self.coroutines, self.begin = None, None, {}, None
+        client.handlers |= {"kind": self.on_kind, "run": self.on_run, "exit": self.on_exit, "cancel": self.on_cancel}
+
+    def live(self):
+        run = self.execute
+        while True:
+            self.client.wait_until(lambda: self.inbox)
+            call = self.inbox.popleft()
+            if call is None:
+                self.leave()
+            options = self.kinds[call.kind][2]
+            if call.method == "__init__" and options["asynchronous"]:
+                import asyncio
+                asyncio.run(self.live_async(call, options["max_concurrency"]))
+            run(call)
+            if call.method == "__init__" and options["max_concurrency"] > 1:
+                from concurrent.futures import ThreadPoolExecutor
+                run = functools.partial(ThreadPoolExecutor(options["max_concurrency"]).submit, self.execute)
+
+    async def live_async(self, first, limit):
+        import asyncio
+        loop, slots = asyncio.get_running_loop(), asyncio.Semaphore(limit)
+
+        async def run(call):
+            async with slots:
+                _current.set(call)
+                try:
+                    function, args, kwargs = self.resolve(call)
+                    result = function(*args, **kwargs)
+                    self.finish(call, await result if inspect.isawaitable(result) else result)
+                except BaseException as error:
+                    self.fail(call, error)
+
+        def begin():
+            while self.inbox:
+                call = self.inbox.popleft()
+                if call is None:
+                    self.leave()
+                self.coroutines[call.id] = loop.create_task(run(call))
+                self.coroutines[call.id].add_done_callback(functools.partial(end, call))
+
+        def end(call, task):
+            del self.coroutines[call.id]
+            if task.cancelled():                    # before it began
+                self.fail(call, asyncio.CancelledError())
+
+        self.execute(first)
+        self.begin, self.client.loop = lambda: loop.call_soon_threadsafe(begin), loop
+        loop.add_reader(self.client.sock.fileno(), self.client.read_now)
+        begin()
+        await loop.create_future()
+
+    def on_kind(self, kind, name, blob, options):
+        self.kinds[kind] = [name, blob, options]
+
+    def on_run(self, *fields):
+        self.inbox.append(Call(*fields))
+        if self.begin: self.begin()
+
+    def on_exit(self):
+        self.inbox.append(None)
+        if self.begin: self.begin()
+
+    def on_cancel(self, tid):
+        self.cancelled.add(tid)
+        if tid in self.coroutines:
+            self.client.loop.call_soon_threadsafe(self.coroutines[tid].cancel)
+
+    def interrupted(self):
+        self.client.read_now()                      # which task does the hub mean?
+        if self.main_call in self.cancelled:
+            raise KeyboardInterrupt
+
+    def execute(self, call):
+        token, in_main = _current.set(call), threading.get_ident() == self.client.shield.main
+        try:
+            if call.id in self.cancelled:
+                raise KeyboardInterrupt
+            if in_main and not call.actor:          # only plain tasks are interrupted, as in Ray
+                self.main_call = call.id
+            function, args, kwargs = self.resolve(call)
+            result = function(*args, **kwargs)
+            self.main_call = None
+            self.finish(call, result)
+        except BaseException as error:
+            self.main_call = None
+            self.fail(call, error)
+        finally:
+            _current.reset(token)
+
+    def resolve(self, call):
+        """The function to call; its arguments, with values in the place of refs."""
+        kind = self.kinds[call.kind]
+        if type(kind[1]) is bytes:
+            kind[1] = unpack(kind[1])
+
+        def value(ref):
+            if type(ref) is not ObjectRef:
+                return ref
+            ref.payload = call.values[ref.id]
+            return self.client.get([ref])[0]
+
+        args, kwargs = unpack(call.payload) if call.payload is not None else value(_borrow(call.deps[0]))
+        args, kwargs = [value(arg) for arg in args], {name: value(arg) for name, arg in kwargs.items()}
+        special = {"": kind[1], "__init__": functools.partial(self.construct, kind[1]), "__ray_ready__": lambda: True,
+                   "__ray_terminate__": exit_actor, "__ray_call__": self.call_with_instance}
+        return special.get(call.method) or getattr(self.instance, call.method), args, kwargs
+
+    def construct(self, cls, *args, **kwargs):
+        self.instance = cls(*args, **kwargs)
+
+    def call_with_instance(self, function, *args, **kwargs):
+        return function(self.instance, *args, **kwargs)
+
+    def finish(self, call, result):
+        values = [result] if call.returns == 1 else list(result) if call.returns else []
+        if len(values) != call.returns:
+            raise ValueError(f"{self.name(call)} returned {len(values)} values, but num_returns={call.returns}")
+        sys.stdout.flush()
+        self.client.send("done", call.id, [self.client.pack(value) for value in values], False)
+        self.cancelled.discard(call.id)
+
+    def name(self, call):
+        return self.kinds[call.kind][0] + (f".{call.method}" if call.method else "")
+
+    def fail(self, call, error):
+        if isinstance(error, SystemExit):
+            self.leave(error.code if isinstance(error.code, int) else int(error.code is not None))
+        name = self.name(call)
+        text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
+        if call.id in self.cancelled and not isinstance(error, Exception):     # KeyboardInterrupt, CancelledError
+            packed = pack_error(TaskCancelledError(f"{name}() was cancelled"))
+        elif call.method == "__init__":
+            packed = pack_error(ActorDiedError(f"the actor is dead: its constructor failed\n{text}"))
+        else:
+            try:
+                packed = pack_error(RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error))
+                unpack(packed)
+            except Exception as problem:            # it cannot be sent, or not be made again: at least it can be read
+                text += f"\n({type(error).__name__} itself could not be sent: {problem})"
+                packed = pack_error(RayTaskError(name, text))
+        self.client.send("done", call.id, [(packed, ())] * call.returns, True)
+        self.cancelled.discard(call.id)
+
+    def leave(self, code=0):
+        """The end as it should be: exit_actor(), sys.exit(), or nobody needs this process any more."""
+        if self.instance is not None:
+            self.client.send("exiting")
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(code)
+
+# --- the API, by Ray's names ---
+
+_client = _session = None       # this process's client; the driver's hub
+_clusters = {}                  # address -> session
+
+def _set_client(client):
+    global _client
+    _client = client
+    return client
+
+def _forget_client():
+    """A forked child must not speak on its parent's socket."""
+    if _client is not None:
+        _client.closed = True
+        _set_client(None)
+
+os.register_at_fork(after_in_child=_forget_client)
+
+def _connected():
+    if _client is None:
+        init()
+    return _client
+
+class Session:
+    """A hub process, and the driver's end of its socket."""
+
+    def __init__(self, num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, host=None):
+        config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
+        listener = socket.create_server((host, 0)) if host else None
+        self.key, self.arena = secrets.token_bytes(32), Arena(config["store"])
+        self.sock, theirs = socket.socketpair()
+        self.config = config | {
+            "job": secrets.token_hex(4), "key": self.key, "host": host,
+            "address": listener and listener.getsockname()[:2], "preload": ["numpy"] if "numpy" in sys.modules else []}
+        fds = [theirs.fileno(), self.arena.fd, *([listener.fileno()] if listener else [])]
+        self.process = subprocess.Popen(_command(f"actors.serve{*fds,}"), pass_fds=fds, start_new_session=True,
+                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        self.sock.sendall(frame(self.config))
+        theirs.close()
+        if listener: listener.close()
+
+    def end(self):
+        self.sock.close()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+def _command(code):
+    """A Python that finds the modules that this one finds, this file among them as `actors`."""
+    path = [os.path.abspath(entry) for entry in sys.path]
+    return [sys.executable, "-c", f"import sys; sys.path = {path!r}; import {__name__} as actors; {code}"]
+
+def serve(sock_fd, arena_fd, listener_fd=None):
+    """The process of the hub."""
+    sock, listener = socket.socket(fileno=sock_fd), socket.socket(fileno=listener_fd) if listener_fd else None
+    config, = _first_message(sock)
+    Hub(config, sock, Arena(config["store"], arena_fd), listener).run()
+
+def serve_node():
+    """The process of another node: does what the hub says, reports what happens, ends when the hub is gone."""
+    config = json.loads(sys.stdin.readline())
+    config |= {"address": tuple(config["address"]), "key": bytes.fromhex(config["key"])}
+    sock = _connect(config["address"], config["key"])
+    sock.sendall(frame("hello_node", {name: config[name] for name in ("node", "resources", "store")}))
+    config |= _first_message(sock)[0]
+    loop = Loop()
+    channel = Channel(loop, lambda messages: [getattr(node, name)(*args) for name, *args in messages],
+                      lambda: None, sock)
+    node = Node(loop, Arena(config["store"]), config, channel.send)
+    print("ready", flush=True)
+    while channel.sock:
+        loop.turn()
+        loop.flush()
+    node.end()
+
+def _node_config(num_cpus=None, num_gpus=None, resources=None, object_store_memory=None):
+    if num_gpus is None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = os.listdir("/dev") if visible is None else visible.split(",")
+        num_gpus = len([d for d in devices if d.strip() and (visible is not None or re.fullmatch(r"nvidia\d+", d))])
+    num_cpus = len(os.sched_getaffinity(0)) if num_cpus is None else num_cpus
+    amounts = {"CPU": num_cpus, "GPU": num_gpus, **(resources or {})}
+    store = int(object_store_memory or 0.3 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return {"node": secrets.token_hex(28), "resources": _units(amounts), "store": store - store % 4096}
+
+def _units(amounts):
+    for name, amount in amounts.items():
+        if not isinstance(amount, (int, float)) or not 0 <= amount < math.inf:
+            raise ValueError(f"{name}={amount!r}: the amount of a resource is a number from 0 up")
+        if name == "GPU" and amount > 1 and amount % 1:
+            raise ValueError(f"num_gpus={amount}: more than one GPU is a whole number of GPUs")
+    return {name: round(amount * UNIT) for name, amount in amounts.items() if amount}
+
+def _env(runtime_env):
+    if unknown := set(runtime_env or {}) - {"env_vars"}:
+        raise ValueError(f"runtime_env has env_vars only, not {', '.join(sorted(unknown))}: workers share this machine")
+    return dict((runtime_env or {}).get("env_vars") or {})
+
+def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, namespace="",
+         runtime_env=None, ignore_reinit_error=False, **_of_ray):
+    """Starts the hub, or connects to a Cluster of this program. What Ray has for its dashboard and logs is ignored."""
+    global _session
+    if _client is not None:
+        if ignore_reinit_error or _client.worker:
+            return Context()
+        raise RuntimeError("init() was called twice: call shutdown() first, or pass ignore_reinit_error=True")
+    if address not in (None, "auto", "local", *_clusters):
+        raise ConnectionError(f"this program has no Cluster with the address {address!r}")
+    env = _env(runtime_env)
+    _session = _clusters.get(address) or Session(num_cpus, num_gpus, resources, object_store_memory)
+    _set_client(Client(_session.sock, _session.arena, _session.config | {"namespace": namespace}))
+    _client.send("job", namespace, env)
+    return Context()
+
+@atexit.register
+def shutdown():
+    global _session
+    if _client is None or _client.worker:
+        return
+    client, session = _client, _session
+    _session = _set_client(None)
+    client.close()
+    session.end()
+
+class Context:
+    """What init() returns: `with init():` ends in a shutdown."""
+    def __enter__(self): return self
+    def __exit__(self, *_): shutdown()
+
+def is_initialized():
+    return _client is not None
+
+def put(value):
+    if isinstance(value, ObjectRef):
+        raise TypeError("put() of an ObjectRef: it is one already")
+    return _connected().put(value)
+
+def _deadline(timeout):
+    return None if timeout is None else time.monotonic() + timeout
+
+def _check_refs(refs):
+    for ref in refs:
+        if not isinstance(ref, ObjectRef):
+            raise TypeError(f"an ObjectRef is wanted, not a {type(ref).__name__}")
+    return refs
+
+def get(refs, *, timeout=None):
+    if isinstance(refs, (list, tuple)):
+        return _connected().get(_check_refs(refs), _deadline(timeout))
+    return _connected().get(_check_refs([refs]), _deadline(timeout))[0]
+
+def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
+    """(the first num_returns of those that are ready, all others), both in the order in which they came."""
+    if not isinstance(refs, (list, tuple)):
+        raise TypeError("wait() takes a list of ObjectRefs")
+    if len(set(_check_refs(refs))) < len(refs):
+        raise ValueError("wait() takes every ref once")
+    if not 0 < num_returns <= max(1, len(refs)):
+        raise ValueError(f"num_returns={num_returns}, of {len(refs)} refs")
+    client, seen = _connected(), None
+    for ref in refs:
+        client.want(ref, False)
+
+    def enough():
+        nonlocal seen
+        seen, before = client.arrivals, seen
+        return seen != before and sum(ref.payload is not None for ref in refs) >= num_returns
+
+    client.wait_blocked(enough, _deadline(timeout))
+    ready = [ref for ref in refs if ref.payload is not None][:num_returns]
+    chosen = set(ready)
+    return ready, [ref for ref in refs if ref not in chosen]
+
+def cancel(ref, *, force=False, recursive=True):
+    _check_refs([ref])
+    _connected().send("cancel", ref.id, force, recursive)
+
+def kill(actor, *, no_restart=True):
+    if not isinstance(actor, ActorHandle):
+        raise ValueError(f"kill() is for actors, not for a {type(actor).__name__}; for tasks there is cancel()")
+    _connected().send("kill", actor._ref.id, no_restart)
+
+def exit_actor():
+    if _client is None or _client.worker is None or _client.worker.instance is None:
+        raise TypeError("exit_actor() is for the methods of an actor")
+    raise SystemExit(0)
+
+def get_actor(name, namespace=None):
+    client = _connected()
+    namespace = client.config["namespace"] if namespace is None else namespace
+    return ActorHandle._of(client, *client.ask("actor", (namespace, name)))
+
+def method(**options):
+    """Defaults for one method of an actor: @method(num_returns=2)."""
+    def mark(function):
+        function._method_options = options
+        return function
+    return mark
+
+# --- remote functions and actors ---
+
+OPTIONS = {"num_cpus", "num_gpus", "resources", "runtime_env", "scheduling_strategy", "placement_group",
+           "placement_group_bundle_index", "num_returns", "max_retries", "retry_exceptions", "name", "namespace",
+           "get_if_exists", "lifetime", "max_concurrency", "max_restarts", "max_task_retries", "max_calls", "memory"}
+
+def _plan(options, cls=None):
+    """What the hub and the workers have to know of the options of a function or class."""
+    if unknown := set(options) - OPTIONS:
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
+    amounts = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
+    if amounts["CPU"] is None:
+        amounts["CPU"] = 0 if cls else 1            # as in Ray: an actor holds a CPU only if it asks for one
+    demand = _units({name: amount for name, amount in amounts.items() if amount is not None})
+    strategy = options.get("scheduling_strategy") or "DEFAULT"
+    if group := options.get("placement_group"):
+        strategy = PlacementGroupSchedulingStrategy(group, options.get("placement_group_bundle_index", -1))
+    if isinstance(strategy, str) and strategy not in ("DEFAULT", "SPREAD"):
+        raise ValueError(f"scheduling_strategy={strategy!r}: there are DEFAULT, SPREAD, and the classes of "
+                         "util.scheduling_strategies")
+    strategy = strategy if isinstance(strategy, str) else strategy._plan()
+    asynchronous = cls is not None and any(inspect.iscoroutinefunction(value) for _, value in inspect.getmembers(cls))
+    concurrency = options.get("max_concurrency") or (1000 if asynchronous else 1)
+    return {"demand": demand, "strategy": strategy, "shape": (tuple(sorted(demand.items())), strategy),
+            "env": _env(options.get("runtime_env")), "asynchronous": asynchronous, "max_concurrency": concurrency,
+            "ordered": concurrency == 1 and not asynchronous, "detached": options.get("lifetime") == "detached",
+            "max_restarts": options.get("max_restarts", 0), "max_task_retries": options.get("max_task_retries", 0),
+            "retry_exceptions": bool(options.get("retry_exceptions"))}
+
+class _Remote:
+    """A function or class with its options. The hub hears of it when it is first used."""
+
+    def __init__(self, target, options):
+        self._target, self._options, self._known = target, options, (None, None)
+        self._plan = _plan(options, target if inspect.isclass(target) else None)
+        functools.update_wrapper(self, target, updated=())
+
+    def options(self, **options):
+        return type(self)(self._target, self._options | options)
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"{self.__name__} is remote: call {self.__name__}.remote(...)")
+
+    def __reduce__(self):
+        return type(self), (self._target, self._options)
+
+    def _kind(self, client):
+        known, kind = self._known
+        if known is not client:
+            pieces, _, refs = pack(self._target)
+            blob = b"".join(pieces)
+            kind = int.from_bytes(hashlib.sha256(blob + repr(self._plan).encode()).digest()[:8], "little")
+            client.send("hold", refs)               # refs in closures and globals live as long as the session
+            client.send("kind", kind, self.__name__, blob, self._plan)
+            self._known = client, kind
+        return kind
+
+def _submit(kind, method, args, kwargs, options, actor=0, retries=0):
+    client, count = _connected(), options.get("num_returns", 1)
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"num_returns={count!r}: it is a number from 0 up")
+    refs = client.submit(kind, method, args, kwargs, [next(client.ids) for _ in range(count)], actor, retries)
+    return refs[0] if count == 1 else refs or None
+
+class RemoteFunction(_Remote):
+    def remote(self, *args, **kwargs):
+        retries = self._options.get("max_retries", 3)
+        return _submit(self._kind(_connected()), "", args, kwargs, self._options, retries=retries)
+
+class ActorClass(_Remote):
+    def remote(self, *args, **kwargs):
+        client, options = _connected(), self._options
+        kind, aid = self._kind(client), next(client.ids)
+        info = _actor_info(kind, self._target, self._plan)
+        if name := options.get("name"):
+            named = options.get("namespace") or client.config["namespace"], name
+            taken = client.ask("claim_name", aid, named, info, options.get("get_if_exists", False))
+            if taken:
+                return ActorHandle._of(client, *taken)
+        return ActorHandle(*client.submit(kind, "__init__", args, kwargs, [aid], aid), info)
+
+def _actor_info(kind, cls, plan):
+    """What a handle has to know."""
+    methods = {name: getattr(value, "_method_options", {}) for name, value in inspect.getmembers(cls, callable)}
+    return kind, cls.__name__, methods, plan["max_task_retries"]
+
+class ActorHandle:
+    """handle.method.remote(...) calls. The actor ends when no handle is left anywhere."""
+
+    def __init__(self, ref, info):
+        self._ref, self._info = ref, info
+        ref.urgent = True
+
+    @classmethod
+    def _of(cls, client, aid, info):
+        """Of an actor that the hub has named; it has counted this handle already."""
+        return cls(ObjectRef(client, aid, borrowed=True), info)
+
+    def __getattr__(self, name):
+        if name in self._info[2] or name in ("__ray_ready__", "__ray_terminate__", "__ray_call__"):
+            return ActorMethod(self, name, self._info[2].get(name, {}))
+        raise AttributeError(f"actor {self._info[1]} has no method {name!r}")
+
+    @property
+    def _actor_id(self): return self._ref
+    def __repr__(self): return f"Actor({self._info[1]}, {self._ref.hex()})"
+    def __hash__(self): return hash(self._ref)
+    def __eq__(self, other): return isinstance(other, ActorHandle) and self._ref == other._ref
+    def __reduce__(self): return ActorHandle, (self._ref, self._info)
+
+class ActorMethod:
+    def __init__(self, actor, name, options):
+        self._actor, self._name, self._options = actor, name, options
+
+    def options(self, **options):
+        return ActorMethod(self._actor, self._name, self._options | options)
+
+    def remote(self, *args, **kwargs):
+        kind, _, _, retries = self._actor._info
+        retries = self._options.get("max_task_retries", retries)
+        return _submit(kind, self._name, args, kwargs, self._options, self._actor._ref.id, retries)
+
+    def __call__(self, *args, **kwargs):
+        raise TypeError(f"{self._name} is a method of an actor: call {self._name}.remote(...)")
+
+def remote(*args, **options):
+    """@remote, @remote(num_cpus=2, ...), or remote(function)"""
+    def make(target):
+        if not (inspect.isclass(target) or inspect.isroutine(target)):
+            raise TypeError(f"remote is for functions and classes, not for {target!r}")
+        return (ActorClass if inspect.isclass(target) else RemoteFunction)(target, options)
+    if args and (options or len(args) > 1):
+        raise TypeError("remote takes a function or class alone, or options by name")
+    return make(*args) if args else make
+
+# --- where am I, and what is there? ---
+
+class RuntimeContext:
+    def get_node_id(self): return _connected().config["node"]
+    def get_job_id(self): return _connected().config["job"]
+    def get_worker_id(self): return _connected().config.get("worker", "driver")
+    def get_task_id(self): return f"{_current.get().id:024x}" if _current.get() else None
+    def get_actor_id(self): return f"{_current.get().actor:024x}" if _current.get() and _current.get().actor else None
+    def get_accelerator_ids(self): return {"GPU": [str(gpu) for gpu in get_gpu_ids()]}
+    namespace = property(lambda self: _connected().config["namespace"])
+
+    @property
+    def current_actor(self):
+        """The handle by which an actor calls itself, or gives itself to others."""
+        call, client = _current.get(), _connected()
+        if call is None or not call.actor:
+            raise RuntimeError("current_actor is for the methods of an actor")
+        kind = client.worker.kinds[call.kind]
+        return ActorHandle(_borrow(call.actor), _actor_info(call.kind, kind[1], kind[2]))
+
+def get_runtime_context(): return RuntimeContext()
+def get_gpu_ids(): return list(_connected().config.get("gpus", ()))
+def nodes(): return _connected().ask("nodes")
+def cluster_resources(): return _sum(node["Resources"] for node in nodes())
+def available_resources(): return _sum(node["Available"] for node in nodes())
+def _sum(amounts): return dict(sum(map(collections.Counter, amounts), collections.Counter()))
+
+# --- placement groups: resources that are taken together, or not at all ---
+
+class PlacementGroup:
+    def __init__(self, ref, bundles): self.id, self.bundle_specs = ref, bundles
+    def ready(self): return self.id
+    def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
+    def __reduce__(self): return PlacementGroup, (self.id, self.bundle_specs)
+    bundle_count = property(lambda self: len(self.bundle_specs))
+
+def placement_group(bundles, strategy="PACK", name=""):
+    if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
+        raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
+    if not bundles or not all(bundles):
+        raise ValueError("a placement group is a list of bundles, such as [{'CPU': 1}, {'GPU': 1, 'CPU': 2}]")
+    client, units = _connected(), [_units(bundle) for bundle in bundles]
+    group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
+    client.send("group", group.id.id, units, strategy, name, client.pack(group)[0])
+    return group
+
+def remove_placement_group(group): _connected().send("remove_group", group.id.id)
+def placement_group_table(): return _connected().ask("groups")
+
+@dataclasses.dataclass
+class PlacementGroupSchedulingStrategy:
+    placement_group: PlacementGroup
+    placement_group_bundle_index: int = -1          # -1: any
+    def _plan(self): return "group", self.placement_group.id.id, self.placement_group_bundle_index
+
+@dataclasses.dataclass
+class NodeAffinitySchedulingStrategy:
+    node_id: str
+    soft: bool = False
+    def _plan(self): return "node", self.node_id, self.soft
+
+# --- util: a pool of actors, and a queue ---
+
+class ActorPool:
+    """Spreads calls over actors, one at a time on each."""
+
+    def __init__(self, actors):
+        self._idle, self._waiting = list(actors), collections.deque()
+        self._actors, self._refs, self._sent, self._next = {}, {}, 0, 0     # ref -> (number, actor); number -> ref
+
+    def submit(self, fn, value):
+        if not self._idle:
+            return self._waiting.append((fn, value))
+        actor = self._idle.pop()
+        ref = self._refs[self._sent] = fn(actor, value)
+        self._actors[ref] = self._sent, actor
+        self._sent += 1
+
+    def _take(self, refs, timeout):
+        ready, _ = wait(refs, timeout=timeout)
+        if not ready:
+            raise TimeoutError("no result was there in time")
+        number, actor = self._actors.pop(ready[0])
+        del self._refs[number]
+        self.push(actor)
+        return get(ready[0])
+
+    def get_next(self, timeout=None):
+        if not self.has_next():
+            raise StopIteration("no more results")
+        return self._take([self._refs[min(self._refs)]], timeout)
+
+    def get_next_unordered(self, timeout=None):
+        if not self.has_next():
+            raise StopIteration("no more results")
+        return self._take(list(self._actors), timeout)
+
+    def map(self, fn, values):
+        for value in values: self.submit(fn, value)
+        while self.has_next(): yield self.get_next()
+
+    def map_unordered(self, fn, values):
+        for value in values: self.submit(fn, value)
+        while self.has_next(): yield self.get_next_unordered()
+
+    def push(self, actor):
+        self._idle.append(actor)
+        if self._waiting: self.submit(*self._waiting.popleft())
+
+    def has_next(self): return bool(self._actors)
+    def has_free(self): return bool(self._idle)
+    def pop_idle(self): return self._idle.pop() if self._idle else None
+
+class Empty(queue.Empty): pass
+class Full(queue.Full): pass
+
+class _QueueActor:
+    def __init__(self, maxsize):
+        import asyncio
+        self.queue = asyncio.Queue(maxsize)
+
+    async def put(self, item, timeout):
+        import asyncio
+        try: await asyncio.wait_for(self.queue.put(item), timeout)
+        except asyncio.TimeoutError: raise Full(f"no room within {timeout} s") from None
+
+    async def get(self, timeout):
+        import asyncio
+        try: return await asyncio.wait_for(self.queue.get(), timeout)
+        except asyncio.TimeoutError: raise Empty(f"no item within {timeout} s") from None
+
+    async def put_many(self, items):
+        if 0 < self.queue.maxsize < self.queue.qsize() + len(items): raise Full(f"no room for {len(items)} items")
+        for item in items: self.queue.put_nowait(item)
+
+    async def get_many(self, count):
+        if self.queue.qsize() < count: raise Empty(f"{self.queue.qsize()} items, not {count}")
+        return [self.queue.get_nowait() for _ in range(count)]
+
+    async def state(self): return self.queue.qsize(), self.queue.full()
+
+class Queue:
+    """A queue between processes: an async actor, on which any number of them may wait."""
+
+    def __init__(self, maxsize=0, actor_options=None):
+        self.maxsize, self.actor = maxsize, ActorClass(_QueueActor, actor_options or {}).remote(maxsize)
+
+    def _put(self, item, block, timeout):
+        if timeout is not None and timeout < 0: raise ValueError("'timeout' must be 0 or more")
+        return self.actor.put.remote(item, timeout) if block else self.actor.put_many.remote([item])
+
+    def _get(self, block, timeout):
+        if timeout is not None and timeout < 0: raise ValueError("'timeout' must be 0 or more")
+        return self.actor.get.remote(timeout) if block else self.actor.get_many.remote(1)
+
+    def put(self, item, block=True, timeout=None): get(self._put(item, block, timeout))
+    def get(self, block=True, timeout=None):
+        return get(self._get(block, timeout)) if block else get(self._get(block, timeout))[0]
+    async def put_async(self, item, block=True, timeout=None): await self._put(item, block, timeout)
+    async def get_async(self, block=True, timeout=None):
+        return await self._get(block, timeout) if block else (await self._get(block, timeout))[0]
+    def put_nowait(self, item): self.put(item, block=False)
+    def get_nowait(self): return self.get(block=False)
+    def put_nowait_batch(self, items): get(self.actor.put_many.remote(list(items)))
+    def get_nowait_batch(self, num_items): return get(self.actor.get_many.remote(num_items))
+    def qsize(self): return get(self.actor.state.remote())[0]
+    def full(self): return get(self.actor.state.remote())[1]
+    def empty(self): return not self.qsize()
+    def size(self): return self.qsize()
+    def __len__(self): return self.qsize()
+    def shutdown(self, force=False, grace_period_s=5): kill(self.actor)
+
+# --- several nodes on one machine ---
+
+class Cluster:
+    """Nodes that are processes of this machine and talk over TCP: in a test, what several machines are in earnest.
+    init(address=cluster.address) connects to it; shutdown(), of either, ends it."""
+
+    def __init__(self, initialize_head=True, connect=False, head_node_args=None, host="127.0.0.1"):
+        self.session, self.worker_nodes = Session(**(head_node_args or {}), host=host), []
+        self.address, self.key = "%s:%d" % self.session.config["address"], self.session.key.hex()
+        _clusters[self.address] = self.session
+        if connect:
+            init(address=self.address)
+
+    def add_node(self, num_cpus=1, num_gpus=0, resources=None, object_store_memory=None):
+        config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
+        node = subprocess.Popen(_command("actors.serve_node()"), text=True, start_new_session=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with node.stdin:
+            node.stdin.write(json.dumps(config | {"address": self.session.config["address"], "key": self.key}) + "\n")
+        if node.stdout.readline() != "ready\n":
+            raise ConnectionError(f"the node did not start (exit code {node.wait()})")
+        node.node_id = config["node"]
+        self.worker_nodes.append(node)
+        return node
+
+    def remove_node(self, node, allow_graceful=True):
+        node.kill()
+        node.wait()
+        node.stdout.close()
+        self.worker_nodes.remove(node)
+        while _client is not None and node.node_id in [each["NodeID"] for each in nodes()]:
+            time.sleep(0.01)
+
+    def shutdown(self):
+        if _session is self.session:
+            shutdown()
+        self.session.end()
+        _clusters.pop(self.address, None)
+        for node in self.worker_nodes:
+            node.wait()                             # they end when the hub is gone
+            node.stdout.close()
+
+# --- Ray's module names, so that `from actors.util import ActorPool` works ---
+
+def _module(name, *members, **named):
+    module = types.ModuleType(f"{__name__}.{name}")
+    vars(module).update({member.__name__: member for member in members} | named)
+    sys.modules[module.__name__] = module
+    return module
+
+exceptions = _module("exceptions", *[each for each in vars().values()
+                                     if inspect.isclass(each) and issubclass(each, RayError)])
+cluster_utils, actor = _module("cluster_utils", Cluster), _module("actor", ActorHandle, ActorClass, exit_actor)
+_groups = PlacementGroup, placement_group, remove_placement_group, placement_group_table
+_module("util.placement_group", *_groups)
+_module("util.actor_pool", ActorPool)
+util = _module("util", ActorPool, *_groups[1:], queue=_module("util.queue", Queue, Empty, Full),
+               scheduling_strategies=_module("util.scheduling_strategies", PlacementGroupSchedulingStrategy,
+                                             NodeAffinitySchedulingStrategy))
+
+# --- the demo, and how fast it is ---
+
+def demo():
+    import numpy
+    start = time.perf_counter()
+    init(num_cpus=4)
+
+    @remote
+    def inside(seed, count):
+        x, y = numpy.random.default_rng(seed).random((2, count))
+        return int((x * x + y * y < 1).sum())
+
+    hits, seconds = sum(get([inside.remote(seed, 1_000_000) for seed in range(20)])), time.perf_counter() - start
+    print(f"pi is about {4 * hits / 20e6:.4f}: 20 tasks in 4 processes, {seconds:.1f} s with the start of everything")
+    assert abs(4 * hits / 20e6 - math.pi) < 0.002
+
+    @remote(max_restarts=1, max_task_retries=1)
+    class Counter:
+        def __init__(self): self.count = 0
+        def pid(self): return os.getpid()
+        def crash(self): os.kill(os.getpid(), signal.SIGKILL)
+        def add(self):
+            self.count += 1
+            return self.count
+
+    counter = Counter.remote()
+    print("an actor counts:", get([counter.add.remote() for _ in range(5)]))
+    first = get(counter.pid.remote())
+    try:
+        get(counter.crash.options(max_task_retries=0).remote())
+    except RayActorError as error:
+        print(f"it crashes: {type(error).__name__}: {error}")
+    second = get(counter.pid.remote())
+    print(f"it runs again, as process {second}, and counts from", get(counter.add.remote()))
+    assert first != second
+
+    array = numpy.ones(50_000_000)
+    ref, where = put(array), remote(lambda values: (values.ctypes.data, values.flags.writeable, values.sum()))
+    start = time.perf_counter()
+    results = get([where.remote(ref) for _ in range(4)])
+    print(f"4 tasks summed an array of 400 MB in {time.perf_counter() - start:.2f} s, in read-only views of one copy")
+    assert all(total == 50_000_000 and not writeable for _, writeable, total in results)
+    shutdown()
+
+def measure(name):
+    """Microbenchmarks of a module with Ray's API, in this process: {what: how often a second, at best}."""
+    import numpy
+    ray, start, rates = importlib.import_module(name), time.perf_counter(), {}
+    ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    task = ray.remote(lambda: 1)
+    ray.get(task.remote())
+    rates["init() to the first result"] = 1 / (time.perf_counter() - start)
+
+    class Sync:
+        def call(self): return 1
+
+    class Async:
+        async def call(self): return 1
+
+    sync, asynchronous, small = ray.remote(Sync).remote(), ray.remote(Async).remote(), ray.put(0)
+    refs, array, kept = [ray.put(i) for i in range(1000)], numpy.ones(1 << 27), []
+    for what, calls, action in [
+            ("tasks, one at a time", 1, lambda: ray.get(task.remote())),
+            ("tasks, 1000 in flight", 1000, lambda: ray.get([task.remote() for _ in range(1000)])),
+            ("actor calls, one at a time", 1, lambda: ray.get(sync.call.remote())),
+            ("actor calls, 1000 in flight", 1000, lambda: ray.get([sync.call.remote() for _ in range(1000)])),
+            ("async calls, 1000 in flight", 1000, lambda: ray.get([asynchronous.call.remote() for _ in range(1000)])),
+            ("put of a small value", 1, lambda: ray.put(0)),
+            ("get of a small value", 1, lambda: ray.get(small)),
+            ("wait for 1000 values", 1, lambda: ray.wait(refs, num_returns=1000)),
+            ("wait for 1000 tasks", 1, lambda: ray.wait([task.remote() for _ in range(1000)], num_returns=1000)),
+            ("put of 1 GiB", 1, lambda: kept.append(ray.put(array))),
+            ("get of 1 GiB", 1, lambda: ray.get(kept[0]))]:
+        best, begin = math.inf, time.perf_counter()
+        while time.perf_counter() - begin < (6 if what == "put of 1 GiB" else 1):
+            start, rounds = time.perf_counter(), 0
+            while not rounds or time.perf_counter() - start < 0.2 and what != "put of 1 GiB":
+                action()
+                rounds += 1
+            best = min(best, (time.perf_counter() - start) / rounds)
+            if what == "put of 1 GiB" and time.perf_counter() - begin < 6:
+                kept.clear()
+                time.sleep(0.2)                     # for the space to be free again
+        rates[what] = calls / best
+    ray.shutdown()
+    return rates
+
+def bench():
+    names = [__name__] + ["ray"] * (importlib.util.find_spec("ray") is not None)
+    columns = []
+    for name in names:                              # each in a process of its own
+        command = _command(f"print(actors.json.dumps(actors.measure({name!r})))")
+        columns.append(json.loads(subprocess.run(command, capture_output=True, check=True).stdout.splitlines()[-1]))
+    print(f"\n{'how often a second':36}" + "".join(f"{name:>12}" for name in names))
+    for what in columns[0]:
+        rates = [column[what] for column in columns]
+        ratio = f"{rates[0] / rates[1]:9.1f}x" if len(rates) > 1 else ""
+        print(f"{what:36}" + "".join(f"{rate:12,.1f}" for rate in rates) + ratio)
+
+def main():
+    parser = argparse.ArgumentParser(description="the demo; or a node that joins the Cluster of another machine")
+    parser.add_argument("command", nargs="?", choices=["demo", "node"], default="demo")
+    parser.add_argument("address", nargs="?", help="node: HOST:PORT of the cluster; its key is read from stdin")
+    args = parser.parse_args()
+    if args.command == "demo":
+        demo()
+        bench()
+    else:
+        host, _, port = (args.address or parser.error("which HOST:PORT?")).rpartition(":")
+        join = _node_config() | {"address": (host, int(port)), "key": sys.stdin.readline().strip()}
+        sys.stdin = io.StringIO(json.dumps(join) + "\n")
+        serve_node()
+
+if __name__ == "__main__":
+    # Not as __main__: workers have to find the classes of this file under the name by which they import it.
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    importlib.import_module(os.path.splitext(os.path.basename(__file__))[0]).main()
