@@ -30,6 +30,7 @@ import cloudpickle
 INLINE = 100_000            # bytes: larger values go through shared memory
 UNIT = 10_000               # resources are counted in ten-thousandths, so that ten times 0.1 is 1
 CHUNK = 256 << 10           # bytes of an object that travel between nodes at once
+HERE = os.path.dirname(os.path.abspath(__file__))
 AWAY = True                 # in the place of a value: it is ready, but on another node
 
 # --- errors, by Ray's names ---
@@ -255,7 +256,10 @@ class Loop:
     """epoll: what to call when a file descriptor can be read (or written)."""
 
     def __init__(self):
-        self.poller, self.handlers, self.dirty = select.epoll(), {}, set()
+        self.poller, self.handlers, self.dirty, self.alive = select.epoll(), {}, set(), True
+
+    def stop(self, *_):
+        self.alive = False
 
     def watch(self, fd, handler, events=select.EPOLLIN):
         self.handlers[fd] = handler
@@ -348,6 +352,8 @@ class Node:
         _libc.prctl(36, 1, 0, 0, 0)                 # PR_SET_CHILD_SUBREAPER: orphans below become our children
         wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, loop.stop)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
         loop.watch(wake, lambda: (os.read(wake, 4096), self.reap()))
         for name in config["preload"]:
@@ -359,7 +365,7 @@ class Node:
         if pid == 0:
             try:
                 self.become_worker(env, settings, sock, output)
-            except BaseException:
+            except Exception:
                 traceback.print_exc()
             finally:
                 os._exit(1)
@@ -371,6 +377,8 @@ class Node:
     def become_worker(self, env, settings, sock, output):
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         _libc.prctl(1, signal.SIGKILL, 0, 0, 0)     # PR_SET_PDEATHSIG: no worker outlives its node
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -422,13 +430,26 @@ class Node:
                 continue
             worker_id = self.pids.pop(pid)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)      # what it started goes with it
+                os.killpg(pid, signal.SIGKILL)      # what it started goes with it,
+            self.kill_children(but=self.pids)       # also what had left its process group, and is our child now
             while self.read_log(worker_id): pass
             log = self.logs.pop(worker_id)
             self.loop.forget(log)
             os.close(log)
             del self.workers[worker_id]
             self.report("exited", worker_id, pid, os.waitstatus_to_exitcode(status))
+
+    def kill_children(self, but=()):
+        for pid in filter(str.isdigit, os.listdir("/proc")):
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+                if int(file.read().rpartition(")")[2].split()[1]) == os.getpid() and int(pid) not in but:
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def end(self):
+        with contextlib.suppress(ChildProcessError):
+            while True:                             # the children of what is killed become our children in turn
+                self.kill_children()
+                os.waitpid(-1, 0)
 
     def read(self, token, offset, size):
         self.report("bytes", token, os.pread(self.arena.fd, size, offset))
@@ -437,18 +458,6 @@ class Node:
         os.pwrite(self.arena.fd, data, offset)
         self.report("wrote", token)
 
-    def end(self):
-        """Kills everything below this process, also what has left its process group."""
-        while True:
-            for pid in filter(str.isdigit, os.listdir("/proc")):
-                with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-                    if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
-                        os.kill(int(pid), signal.SIGKILL)
-            try:
-                os.waitpid(-1, 0)
-            except ChildProcessError:
-                return
-
 # --- resources and scheduling: where may it run? candidates() and place_bundles() are all of the policies ---
 
 class Pool:
@@ -456,7 +465,8 @@ class Pool:
 
     def __init__(self, total, node=None, gpus=None):
         self.total, self.free, self.node = total, dict(total), node or self
-        self.gpus = {i: UNIT for i in range(total.get("GPU", 0) // UNIT)} if gpus is None else gpus
+        self.gpus = {i: UNIT for i in range(total.get("GPU", 0) // UNIT)} if gpus is None else dict(gpus)
+        self.grant = gpus                           # a bundle's: what to give back to its node
 
     def pick_gpus(self, amount):
         """Whole GPUs, or a share of the fullest that has room for it; None if there is none such."""
@@ -492,7 +502,7 @@ def candidates(strategy, nodes, groups):
     match strategy:
         case ("group", group, index):               # one of its bundles, or any
             bundles = groups[group].pools if group in groups else []
-            return [b for b in (bundles if index < 0 else bundles[index:index + 1]) if b.node in nodes]
+            return [bundle for bundle in (bundles if index < 0 else bundles[index:index + 1]) if bundle]
         case ("node", wanted, soft):                # that node; others only if soft
             return sorted((n for n in nodes if soft or n.id == wanted), key=lambda n: n.id != wanted)
         case "SPREAD":                              # the emptiest first, and in turns
@@ -506,7 +516,7 @@ def place_bundles(bundles, strategy, nodes):
     together = [node for node in nodes if strategy.endswith("PACK") and node.fits(whole)]
     if together or strategy == "STRICT_PACK":
         return [together[0]] * len(bundles) if together else None
-    twins, counts, placed = [Pool(node.free, gpus=dict(node.gpus)) for node in nodes], [0] * len(nodes), {}
+    twins, counts, placed = [Pool(node.free, gpus=node.gpus) for node in nodes], [0] * len(nodes), {}
     for b in sorted(range(len(bundles)), key=lambda b: -sum(bundles[b].values())):     # the largest first
         fitting = [i for i, twin in enumerate(twins)
                    if twin.fits(bundles[b]) and not (strategy == "STRICT_SPREAD" and counts[i])]
@@ -552,9 +562,9 @@ class Task:
 @dataclasses.dataclass(slots=True, eq=False)
 class Actor:
     id: int
-    creation: Task
     options: dict
     restarts: int                   # how many are left
+    creation: Task = None           # the call of its constructor
     worker: "Peer" = None
     alive: bool = False             # its constructor has returned
     death: bytes = None             # the error that every further call gets
@@ -582,24 +592,24 @@ class Peer:
     line: bytes = b""               # what it has printed of a line so far
 
 class Hub:
-    """on_X(peer, ...) handles message X, ask_X(peer, ...) answers question X, report_X(node, ...) is news of a node."""
+    """on_X(peer, ...) handles message X, ask_X(peer, ...) answers question X, report_X(node, ...) hears of a node."""
 
     def __init__(self, config, sock, arena, listener):
-        self.config, self.loop, self.alive, self.changed, self.stderr = config, Loop(), True, False, bytearray()
+        self.config, self.loop, self.changed, self.stderr = config, Loop(), False, bytearray()
         self.objects, self.tasks, self.kinds, self.actors, self.names, self.groups = {}, {}, {}, {}, {}, {}
         self.peers, self.nodes, self.transfers, self.waiting_groups = {}, [], {}, []
         self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
         self.local = Node(self.loop, arena, config, functools.partial(self.report, None))
         self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
         self.driver = self.peers["driver"] = Peer("driver", self.head)
-        self.driver.channel = Channel(self.loop, functools.partial(self.handle, self.driver), self.stop, sock)
-        self.loop.watch(os.pidfd_open(os.getppid()), self.stop)     # also while a child of the driver holds its socket
+        self.driver.channel = Channel(self.loop, functools.partial(self.handle, self.driver), self.loop.stop, sock)
+        self.loop.watch(os.pidfd_open(os.getppid()), self.loop.stop)    # a child of the driver may hold its socket
         if listener:
-            self.loop.watch(listener.fileno(), lambda: self.greet(listener.accept()[0]))
+            self.loop.watch(listener.fileno(), lambda: self.greet(listener))
 
     def run(self):
         try:
-            while self.alive:
+            while self.loop.alive:
                 self.loop.turn()
                 if self.changed:
                     self.changed = False
@@ -607,9 +617,6 @@ class Hub:
                 self.loop.flush()
         finally:
             self.local.end()
-
-    def stop(self):
-        self.alive = False
 
     def handle(self, peer, messages):
         for name, *args in messages:
@@ -717,11 +724,19 @@ class Hub:
         else:
             obj.waiting.append((peer, key, needed))
 
-    def ask_allocate(self, peer, size):
+    def ask_allocate(self, peer, size, first_try):
         offset = peer.node.space.take(size)
         if offset is not None:
             peer.unsealed.add(offset)
+        for other in self.peers.values() if offset is None and first_try else ():
+            if other.node is peer.node:
+                other.channel.send("collect")       # it may have refs in reference cycles
         return offset
+
+    def on_unallocate(self, peer, offsets):
+        for offset in peer.unsealed.intersection(offsets):
+            peer.unsealed.remove(offset)
+            peer.node.space.give(offset)
 
     # - objects go to another node when they are needed there, chunk by chunk: read, write, and the next -
 
@@ -770,13 +785,16 @@ class Hub:
         task = Task(*fields, owner=peer)
         self.tasks[task.id] = task
         for oid in task.returns:
-            self.objects[oid] = Object(maker=task, waiting=[(peer, oid, False)])
+            obj = self.objects.setdefault(oid, Object(holds=0))     # a named actor's is there already
+            obj.holds, obj.maker = obj.holds + 1, task
+            obj.waiting.append((peer, oid, False))
             peer.holds[oid] += 1
         self.hold(task.refs)
         if task.method == "__init__":
-            options = self.kinds[task.kind][2]
-            self.actors[task.actor] = Actor(task.actor, task, options, options["max_restarts"])
-            self.objects[task.actor].holds += options["detached"]
+            self.objects[task.actor].holds -= task.actor in self.actors         # the hold of the claimed name
+            actor = self.actors.get(task.actor) or self.new_actor(task.actor, task.kind)
+            actor.creation = task
+            self.objects[task.actor].holds += actor.options["detached"]
         actor = self.actors.get(task.actor)
         if task.actor and (actor is None or actor.death is not None):
             gone = actor is None and pack_error(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
@@ -792,6 +810,11 @@ class Hub:
             actor.lanes[self.lane(task, actor)].append(task)
         if not task.missing:
             self.ready(task)
+
+    def new_actor(self, aid, kind):
+        options = self.kinds[kind][2]
+        self.actors[aid] = Actor(aid, options, options["max_restarts"])
+        return self.actors[aid]
 
     @staticmethod
     def lane(task, actor):
@@ -856,6 +879,9 @@ class Hub:
     def fail_unschedulable(self, task, name, demand):
         wants = ", ".join(f"{amount:g} {kind}" for kind, amount in _amounts(demand).items()) or "nothing"
         text = f"{name} asks for {wants}: where its scheduling strategy looks, no node or bundle could ever hold that"
+        strategy = self.kinds[task.kind][2]["strategy"]
+        if strategy[0] == "group" and strategy[1] not in self.groups:
+            text = f"{name} cannot run: its placement group was removed"
         if task.actor:
             self.actor_died(self.actors[task.actor], pack_error(ActorUnschedulableError(text)))
         else:
@@ -1046,9 +1072,9 @@ class Hub:
         self.names = {name: named for name, named in self.names.items() if named[0] != actor.id}
         waiting = [task for lane in actor.lanes.values() for task in lane]
         actor.lanes.clear()
-        if actor.creation.id not in self.tasks:
+        if actor.creation and actor.creation.id not in self.tasks:
             self.release(actor.kept)
-        for task in [actor.creation, *running, *waiting]:
+        for task in filter(None, [actor.creation, *running, *waiting]):
             self.finish(task, error=error)
         if actor.worker and actor.worker.id in self.peers:
             actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
@@ -1075,13 +1101,20 @@ class Hub:
             actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
 
     def ask_claim_name(self, peer, aid, name, info, get_if_exists):
-        """None if the name is free; or the actor that has it."""
-        if name in self.names and get_if_exists:
+        """None if the name was free, and is the caller's now; or the actor that has it."""
+        lives = self.names.get(name, (None,))[0] in self.objects
+        if lives and get_if_exists:
             return self.ask_actor(peer, name)
-        if name in self.names:
+        if lives:
             raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
         self.names[name] = aid, info
+        self.objects[aid] = Object()
+        self.new_actor(aid, info[0])                # calls may come before its constructor's
         return None
+
+    def on_unclaim(self, peer, aid):
+        self.actor_died(self.actors[aid], pack_error(ActorDiedError("the actor was not made: its arguments failed")))
+        self.release([aid])
 
     def ask_actor(self, peer, name):
         aid, info = self.names.get(name, (None, None))
@@ -1114,20 +1147,22 @@ class Hub:
         self.objects[gid] = Object(holds=2, waiting=[(peer, gid, False)])       # one of the holds is the group's own
         peer.holds[gid] += 1
         self.groups[gid] = types.SimpleNamespace(id=gid, bundles=bundles, strategy=strategy, name=name, value=value,
-                                                 pools=[], grants=[])
+                                                 pools=[None] * len(bundles))
         self.waiting_groups.append(self.groups[gid])
         self.changed = True
 
     def place_group(self, group):
-        nodes = sorted(self.nodes, key=Pool.load, reverse=group.strategy.endswith("PACK"))
-        placed = place_bundles(group.bundles, group.strategy, nodes)
-        if placed is None and place_bundles(group.bundles, group.strategy, [Pool(node.total) for node in nodes]):
+        """Finds nodes for its bundles: at first for all, later for those whose node has died."""
+        lost = [i for i, pool in enumerate(group.pools) if pool is None]
+        bundles, used = [group.bundles[i] for i in lost], [pool.node for pool in group.pools if pool]
+        nodes = [node for node in self.nodes if not (group.strategy == "STRICT_SPREAD" and node in used)]
+        nodes.sort(key=Pool.load, reverse=group.strategy.endswith("PACK"))
+        placed = place_bundles(bundles, group.strategy, nodes)
+        if placed is None and place_bundles(bundles, group.strategy, [Pool(node.total) for node in nodes]):
             return                                  # later, when others have ended
         self.waiting_groups.remove(group)
-        for node, bundle in zip(placed or (), group.bundles):
-            gpus = node.take(bundle)
-            group.grants.append((node, bundle, gpus))
-            group.pools.append(Pool(bundle, node, dict(gpus)))
+        for i, node in zip(lost, placed or ()):
+            group.pools[i] = Pool(group.bundles[i], node, node.take(group.bundles[i]))
         text = f"no nodes could ever hold a placement group of {list(map(_amounts, group.bundles))}, {group.strategy}"
         value = group.value if placed else pack_error(TaskUnschedulableError(text))
         self.seal(group.id, self.driver, value, (), not placed)
@@ -1142,18 +1177,21 @@ class Hub:
                     error = ActorDiedError("the actor is dead: its placement group was removed")
                     self.actor_died(worker.actor, pack_error(error), list(worker.running.values()))
                 worker.node.tell("signal", worker.id, signal.SIGKILL)
-        for node, bundle, gpus in group.grants:
-            node.give(bundle, gpus)
+        for pool in filter(None, group.pools):
+            pool.node.give(pool.total, pool.grant)
         if group in self.waiting_groups:
             self.waiting_groups.remove(group)
+            error = TaskUnschedulableError("the placement group was removed before it was placed")
+            self.seal(gid, self.driver, pack_error(error), (), True)
         self.release([gid])
         self.changed = True
 
     def ask_groups(self, peer):
         return {f"{gid:024x}": {
             "placement_group_id": f"{gid:024x}", "name": group.name, "strategy": group.strategy,
-            "bundles": dict(enumerate(map(_amounts, group.bundles))), "state": "CREATED" if group.pools else "PENDING",
-            "bundles_to_node_id": {i: pool.node.id for i, pool in enumerate(group.pools)}}
+            "state": "CREATED" if all(group.pools) else "PENDING",
+            "bundles": dict(enumerate(map(_amounts, group.bundles))),
+            "bundles_to_node_id": {i: pool.node.id for i, pool in enumerate(group.pools) if pool}}
             for gid, group in self.groups.items()}
 
     # - nodes -
@@ -1167,25 +1205,31 @@ class Hub:
         self.changed = True
         return node
 
-    def greet(self, sock):
+    def greet(self, listener):
         """A stranger is heard for 64 bytes, which have to prove that it has the key. Nothing is unpickled before."""
         nonce, heard = secrets.token_bytes(32), bytearray()
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.send(nonce)
+        try:
+            sock = listener.accept()[0]
+            sock.setblocking(False)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.send(nonce)
+        except OSError:                             # it is gone again
+            return
 
         def listen():
-            data = b""
-            with contextlib.suppress(OSError):
+            try:
                 data = sock.recv(64 - len(heard))
-            heard.extend(data)
-            if data and len(heard) < 64:
-                return
+                heard.extend(data)
+                if data and len(heard) < 64:
+                    return
+                theirs, proof = bytes(heard[:32]), bytes(heard[32:])
+                known = hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs))
+                known and sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
+            except OSError:
+                known = False
             self.loop.forget(sock.fileno())
-            theirs, proof = bytes(heard[:32]), bytes(heard[32:])
-            if not hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs)):
+            if not known:
                 return sock.close()
-            sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
             friend = types.SimpleNamespace()
             friend.channel = Channel(self.loop, functools.partial(self.handle, friend), lambda: None, sock)
 
@@ -1206,6 +1250,10 @@ class Hub:
 
     def node_died(self, node):
         self.nodes.remove(node)
+        for group in self.groups.values():
+            if any(pool and pool.node is node for pool in group.pools):
+                group.pools = [pool if pool and pool.node is not node else None for pool in group.pools]
+                self.waiting_groups += [group] * (group not in self.waiting_groups)
         for oid, obj in self.objects.items():
             if obj.places.pop(node, None) is not None and not obj.places:
                 obj.failed = True
@@ -1251,7 +1299,7 @@ class ObjectRef:
     def __repr__(self): return f"ObjectRef({self.hex()})"
     def __hash__(self): return hash(self.id)
     def __eq__(self, other): return isinstance(other, ObjectRef) and self.id == other.id
-    def __await__(self): return self.client.value_async(self).__await__()
+    def __await__(self): return _connected().value_async(self).__await__()
 
     def future(self):
         """The value as a concurrent.futures.Future."""
@@ -1303,7 +1351,7 @@ class Client:
         self.outbox, self.sending = collections.deque(), threading.Lock()
         self.buffer, self.chunk, self.poller = bytearray(), bytearray(CHUNK), select.poll()
         self.news, self.reading, self.arrivals, self.loop = threading.Condition(), False, 0, None
-        self.handlers = {"value": self.on_value, "answer": self.on_answer}
+        self.handlers = {"value": self.on_value, "answer": self.on_answer, "collect": gc.collect}
         self.poller.register(sock, select.POLLIN)
         self.shield, self.old_handler = Shield(self.interrupted), None
         if threading.current_thread() is threading.main_thread() and (
@@ -1320,41 +1368,43 @@ class Client:
         self.closed = True
         if self.old_handler is not None:
             signal.signal(signal.SIGINT, self.old_handler)
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)    # to close is not enough while a thread or a child has it, too
         self.sock.close()
 
     # - messages out: from any thread, and from the garbage collector in the middle of another message -
 
     def send(self, *message):
-        self.queue_drops()
+        if self.closed:
+            raise RaySystemError("the connection to the hub is closed; call shutdown() and init() again")
         self.outbox.append(frame(*message))
         self.flush()
 
     def flush(self):
         """Who gets the lock sends for all; who does not leaves its message to the one who has it, and never waits."""
-        while self.outbox and not self.closed and self.sending.acquire(blocking=False):
+        while (self.outbox or self.dropped) and not self.closed and self.sending.acquire(blocking=False):
             try:
                 with self.shield:
-                    while self.outbox:
-                        self.sock.sendall(b"".join([self.outbox.popleft() for _ in range(len(self.outbox))]))
+                    drops = [self.dropped.popleft() for _ in range(len(self.dropped))]
+                    messages = [self.outbox.popleft() for _ in range(len(self.outbox))]
+                    if drops:                       # after the messages in which these refs were used
+                        messages.append(frame("drop", drops))
+                    self.sock.sendall(b"".join(messages))
             except OSError:
                 self.closed = True
             finally:
                 self.sending.release()
 
     def drop(self, ref):
-        """A small value may stay until the next message; what holds memory, a process or other refs may not."""
+        """Called by the garbage collector. A small value may stay until the next message; what holds memory, a process
+        or other refs may not."""
         self.refs.pop(ref.key, None)
         self.dropped.append(ref.id)
         if ref.urgent or type(ref.payload) is not bytes or ref.payload[1] or len(self.dropped) > 100:
-            self.queue_drops()
+            in_main = threading.get_ident() == self.shield.main
+            self.shield.depth += in_main            # an exception here would be lost: Ctrl-C waits for the next message
             self.flush()
-
-    def queue_drops(self):
-        if self.dropped:
-            oids = []
-            with contextlib.suppress(IndexError):
-                while True: oids.append(self.dropped.popleft())
-            self.outbox.append(frame("drop", oids))
+            self.shield.depth -= in_main
 
     # - messages in -
 
@@ -1369,12 +1419,20 @@ class Client:
             except OSError:
                 pass
             if not size:
-                self.closed = True
-                if self.worker:
-                    os._exit(1)
+                return self.lose_hub()
             self.buffer += memoryview(self.chunk)[:size]
             for name, *args in cut(self.buffer):
                 self.handlers[name](*args)
+
+    def lose_hub(self):
+        if self.worker:
+            os._exit(1)
+        self.closed = True
+        with contextlib.suppress(RuntimeError):
+            self.loop and self.loop.call_soon_threadsafe(self.loop.remove_reader, self.sock.fileno())
+        for ref in [ref() for ref in self.refs.values()]:
+            for callback in ref.callbacks if ref else ():
+                callback()
 
     def read_now(self):
         with self.news:
@@ -1384,7 +1442,6 @@ class Client:
 
     def wait_until(self, done, deadline=None):
         """False if the deadline comes first. Of all that wait, one reads; the others sleep until it has news."""
-        self.queue_drops()
         self.flush()
         with self.news:
             while not done():
@@ -1392,7 +1449,7 @@ class Client:
                 if left is not None and left <= 0:
                     return False
                 if self.closed:
-                    raise RaySystemError("the connection to the hub is closed; call init() again")
+                    raise RaySystemError("the hub is gone; call shutdown() and init() again")
                 if self.reading:
                     self.news.wait(left)
                     continue
@@ -1416,12 +1473,11 @@ class Client:
 
     @contextlib.contextmanager
     def blocked(self):
-        call = _current.get()
-        if call: self.send("blocked", 1)
+        if self.worker: self.send("blocked", 1)
         try:
             yield
         finally:
-            if call: self.send("blocked", -1)
+            if self.worker: self.send("blocked", -1)
 
     def on_value(self, key, value):
         ref = self.refs.get(key, lambda: None)()
@@ -1453,20 +1509,20 @@ class Client:
         if size <= INLINE:
             return b"".join(pieces), refs
         for patience in range(10):
-            offset = self.ask("allocate", size)
+            offset = self.ask("allocate", size, patience == 0)
             if offset is not None:
                 self.arena.write(offset, pieces)
                 return (offset, size), refs
-            if patience < 2: gc.collect()           # refs in reference cycles
-            time.sleep(0.005 * patience)            # refs that others are just letting go of
+            time.sleep(0.005 * patience)            # others may be letting go of refs just now
         raise ObjectStoreFullError(f"no room for {size:,} bytes in the {self.arena.size:,} bytes of shared memory: let "
                                    "go of refs and arrays, or init(object_store_memory=...) with more")
 
     def put(self, value):
-        payload, refs = self.pack(value)
-        ref = ObjectRef(self, next(self.ids), payload)
-        self.send("put", ref.id, payload, refs)
-        return ref
+        with self.shield:                           # or the memory would belong to nobody for a moment
+            payload, refs = self.pack(value)
+            ref = ObjectRef(self, next(self.ids), payload)
+            self.send("put", ref.id, payload, refs)
+            return ref
 
     def want(self, ref, needed):
         """Asks for the value, unless it will come or is here. Without `needed`, to know that it is AWAY is enough."""
@@ -1489,10 +1545,16 @@ class Client:
 
     def value(self, ref):
         packed = ref.payload if type(ref.payload) is bytes else ref.client.arena.view(*ref.payload, ref)
-        value = unpack(packed)
-        if packed[:1] == b"E":
+        try:
+            value = unpack(packed)
+        except Exception as error:
+            raise RaySystemError(f"{ref} could not be unpickled: {type(error).__name__}: {error}") from error
+        if packed[:1] != b"E":
+            return value
+        try:
             raise value
-        return value
+        finally:
+            del value                               # it has this frame in its traceback: no cycle, or views live on
 
     async def value_async(self, ref):
         import asyncio
@@ -1509,10 +1571,13 @@ class Client:
                     loop.call_soon_threadsafe(lambda: arrived.done() or arrived.set_result(None))
 
         while ref.payload is None or ref.payload is AWAY:
+            if self.closed:
+                raise RaySystemError("the hub is gone; call shutdown() and init() again")
             before, arrived = ref.payload, loop.create_future()
             ref.callbacks.append(functools.partial(arrive, arrived))
             self.want(ref, True)
-            with self.blocked():
+            async_actor = self.worker and self.worker.instance is not None      # it has other calls to run meanwhile
+            with contextlib.nullcontext() if async_actor else self.blocked():
                 if ref.payload is before:
                     await arrived
         return self.value(ref)
@@ -1521,19 +1586,20 @@ class Client:
 
     def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0):
         """Sends a call; `returns` are the ids of its values."""
-        try:
-            payload, refs = self.pack((args, kwargs))
-        except (TypeError, AttributeError, pickle.PicklingError) as error:
-            raise TypeError(_blame(args, kwargs, error)) from error
-        deps = [arg.id for arg in (*args, *kwargs.values()) if type(arg) is ObjectRef]
-        if type(payload) is tuple:                  # large arguments are an object of their own
-            packed = ObjectRef(self, next(self.ids), payload)
-            self.send("put", packed.id, payload, refs)
-            payload, deps, refs = None, [packed.id, *deps], [packed.id]
-        parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
-        tid = returns[0] if returns else next(self.ids)
-        self.send("submit", tid, kind, method, payload, deps, refs, returns, actor, parent.id if parent else 0, retries)
-        return promised
+        with self.shield:
+            try:
+                payload, refs = self.pack((args, kwargs))
+            except (TypeError, AttributeError, pickle.PicklingError) as error:
+                raise TypeError(_blame(args, kwargs, error)) from error
+            deps = [arg.id for arg in (*args, *kwargs.values()) if type(arg) is ObjectRef]
+            if type(payload) is tuple:              # large arguments are an object of their own
+                packed = ObjectRef(self, next(self.ids), payload)
+                self.send("put", packed.id, payload, refs)
+                payload, deps, refs = None, [packed.id, *deps], [packed.id]
+            parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
+            self.send("submit", returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
+                      actor, parent.id if parent else 0, retries)
+            return promised
 
 def _blame(args, kwargs, error):
     """Names the argument that cannot be pickled."""
@@ -1669,8 +1735,15 @@ class Worker:
         values = [result] if call.returns == 1 else list(result) if call.returns else []
         if len(values) != call.returns:
             raise ValueError(f"{self.name(call)} returned {len(values)} values, but num_returns={call.returns}")
-        sys.stdout.flush()
-        self.client.send("done", call.id, [self.client.pack(value) for value in values], False)
+        packed = []
+        try:
+            packed += map(self.client.pack, values)
+        except BaseException:
+            self.client.send("unallocate", [value[0] for value, _ in packed if type(value) is tuple])
+            raise
+        with contextlib.suppress(Exception):        # a task may have closed it
+            sys.stdout.flush()
+        self.client.send("done", call.id, packed, False)
         self.cancelled.discard(call.id)
 
     def name(self, call):
@@ -1700,7 +1773,8 @@ class Worker:
         if self.instance is not None:
             self.client.send("exiting")
         atexit._run_exitfuncs()
-        sys.stdout.flush()
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
         os._exit(code)
 
 # --- the API, by Ray's names ---
@@ -1731,6 +1805,8 @@ class Session:
 
     def __init__(self, num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, host=None):
         config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
+        while (fd := os.open(os.devnull, os.O_RDWR)) < 3: pass      # a closed stdin or stderr is no place for ours
+        os.close(fd)
         listener = socket.create_server((host, 0)) if host else None
         self.key, self.arena = secrets.token_bytes(32), Arena(config["store"])
         self.sock, theirs = socket.socketpair()
@@ -1754,7 +1830,7 @@ class Session:
 
 def _command(code):
     """A Python that finds the modules that this one finds, this file among them as `actors`."""
-    path = [os.path.abspath(entry) for entry in sys.path]
+    path = [*map(os.path.abspath, sys.path), HERE]
     return [sys.executable, "-c", f"import sys; sys.path = {path!r}; import {__name__} as actors; {code}"]
 
 def serve(sock_fd, arena_fd, listener_fd=None):
@@ -1771,11 +1847,10 @@ def serve_node():
     sock.sendall(frame("hello_node", {name: config[name] for name in ("node", "resources", "store")}))
     config |= _first_message(sock)[0]
     loop = Loop()
-    channel = Channel(loop, lambda messages: [getattr(node, name)(*args) for name, *args in messages],
-                      lambda: None, sock)
+    channel = Channel(loop, lambda messages: [getattr(node, name)(*args) for name, *args in messages], loop.stop, sock)
     node = Node(loop, Arena(config["store"]), config, channel.send)
     print("ready", flush=True)
-    while channel.sock:
+    while loop.alive:
         loop.turn()
         loop.flush()
     node.end()
@@ -1860,9 +1935,11 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     """(the first num_returns of those that are ready, all others), both in the order in which they came."""
     if not isinstance(refs, (list, tuple)):
         raise TypeError("wait() takes a list of ObjectRefs")
+    if not refs:
+        return [], []
     if len(set(_check_refs(refs))) < len(refs):
         raise ValueError("wait() takes every ref once")
-    if not 0 < num_returns <= max(1, len(refs)):
+    if not 0 < num_returns <= len(refs):
         raise ValueError(f"num_returns={num_returns}, of {len(refs)} refs")
     client, seen = _connected(), None
     for ref in refs:
@@ -1918,6 +1995,9 @@ def _plan(options, cls=None):
     if amounts["CPU"] is None:
         amounts["CPU"] = 0 if cls else 1            # as in Ray: an actor holds a CPU only if it asks for one
     demand = _units({name: amount for name, amount in amounts.items() if amount is not None})
+    for name in ("max_retries", "max_restarts", "max_task_retries"):
+        if options.get(name, 0) < -1:
+            raise ValueError(f"{name}={options[name]}: it is a number from 0 up, or -1 for ever")
     strategy = options.get("scheduling_strategy") or "DEFAULT"
     if group := options.get("placement_group"):
         strategy = PlacementGroupSchedulingStrategy(group, options.get("placement_group_bundle_index", -1))
@@ -1983,7 +2063,11 @@ class ActorClass(_Remote):
             taken = client.ask("claim_name", aid, named, info, options.get("get_if_exists", False))
             if taken:
                 return ActorHandle._of(client, *taken)
-        return ActorHandle(*client.submit(kind, "__init__", args, kwargs, [aid], aid), info)
+        try:
+            return ActorHandle(*client.submit(kind, "__init__", args, kwargs, [aid], aid), info)
+        except BaseException:
+            if name: client.send("unclaim", aid)
+            raise
 
 def _actor_info(kind, cls, plan):
     """What a handle has to know."""
