@@ -1488,7 +1488,9 @@ def test_named_actors_are_found_and_their_names_come_free(ray):
         Actor.options(name="one").remote()
     ray.kill(actor)
     with pytest.raises(ray.exceptions.RayActorError):
-        ray.get(actor.pid.remote())
+        for _ in range(100):                                    # Ray's kill may take a moment
+            ray.get(actor.pid.remote())
+            time.sleep(0.05)
     eventually(is_free)
     again = Actor.options(name="one").remote()
     assert ray.get(again.pid.remote()) != pid
