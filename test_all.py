@@ -1666,6 +1666,24 @@ def test_actors_restart_and_calls_are_tried_again(ray, tmp_path):
             time.sleep(0.05)
 
 
+def test_a_restarted_actor_gets_its_arguments_again(small):
+    @small.remote(max_restarts=-1, max_task_retries=-1)
+    class Actor:
+        def __init__(self, array):
+            self.array = array
+
+        def total(self):
+            return int(self.array.sum()), os.getpid()
+
+    full, actor = free_memory(), Actor.remote(small.put(np.ones(1 << 20, np.uint8)))
+    for _ in range(3):
+        total, pid = small.get(actor.total.remote(), timeout=10)
+        assert total == 1 << 20
+        os.kill(pid, signal.SIGKILL)
+    del actor
+    eventually(lambda: free_memory() == full)
+
+
 def test_kill_may_be_a_restart(ray):
     @ray.remote(max_restarts=-1, max_task_retries=-1)
     class Actor:
@@ -2054,7 +2072,19 @@ def test_objects_are_freed_when_the_last_ref_is_gone(small):
         def die(self):
             os._exit(1)
 
+    def die_while_writing():
+        small_ray._client.ask("allocate", 50 << 20, True)
+        os._exit(1)
+
     full, keeper = free_memory(), Keeper.remote()
+    with pytest.raises(small.exceptions.WorkerCrashedError):
+        small.get(small.remote(max_retries=0)(die_while_writing).remote())
+    eventually(lambda: free_memory() == full)
+    for order in ((0, 1, 2), (2, 1, 0), (0, 2, 1)):             # holes become one again
+        refs = {i: small.put(np.ones(120 << 20, np.uint8)) for i in range(3)}
+        for i in order:
+            del refs[i]
+        small.put(np.ones(380 << 20, np.uint8))
     for i in range(12):                                         # 12 times 100 MB through 400 MB
         assert small.get(small.put(np.full(100 << 20, i, np.uint8)))[-1] == i
     eventually(lambda: free_memory() == full)
@@ -2099,6 +2129,15 @@ def test_full_shared_memory_is_an_error_and_not_the_end(small):
             too_much()
     refs.pop()
     assert small.get(take.remote(large)) == 150 << 20
+
+
+def test_refs_in_cycles_of_idle_processes_make_room(small):
+    def make_cycle():
+        cycle = [small_ray.put(np.ones(200 << 20, np.uint8))]
+        cycle.append(cycle)
+
+    small.get(small.remote(make_cycle).remote())
+    assert small.get(small.put(np.ones(300 << 20, np.uint8))).size == 300 << 20
 
 
 def test_tensors_and_tables_travel_by_their_buffers(small):
@@ -2166,6 +2205,13 @@ def test_gpus_are_given_out_whole_or_in_shares(small):
     assert small.wait([late.visible.remote()], timeout=0.3)[0] == []
     del first
     assert small.get(late.visible.remote(), timeout=10) == (visible, ids)
+    del late, halves
+    eventually(lambda: small.available_resources().get("GPU") == 2)
+    some = [small.remote(num_gpus=share)(Actor).remote() for share in (0.4, 0.7, 0.3)]
+    small.get([actor.visible.remote() for actor in some])
+    del some[1]
+    late = whole.remote()                                       # 1.3 GPUs are free, but no whole one
+    assert small.wait([late.visible.remote()], timeout=0.3)[0] == []
     assert small.get(small.remote(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).remote()) == ""
 
 
@@ -2366,10 +2412,11 @@ def test_start_and_end_two_hundred_times():
 
 def test_logs_reach_the_drivers_stderr_with_a_prefix():
     code = f"""
-import sys; sys.path.insert(0, {str(HERE)!r})
+import sys, time; sys.path.insert(0, {str(HERE)!r})
 import actors as ray
 @ray.remote
-def talk(): print("one"); print("two", end="", flush=True); print(" more"); print("three", file=sys.stderr)
+def talk():
+    print("one"); print("two", end="", flush=True); time.sleep(0.2); print(" more"); print("three", file=sys.stderr)
 @ray.remote
 class Parrot:
     def say(self): print("hello")
