@@ -10,6 +10,7 @@ usage: bash run.sh [STAGE]
   (none)      the pipeline: today, the demo of every file that exists
   arrowlite   the demo of arrowlite.py: columnar data, and how fast it is
   actors      the demo of actors.py: a small Ray, and how fast it is
+  kernels     the demo of kernels.py: every kernel against its twin; on a GPU, how fast they are
   test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
   setup       only install what the other stages need
   help        this text
@@ -100,7 +101,7 @@ case "${1:-pipeline}" in
         stage setup setup test
         run_tests "$@"
         ;;
-    arrowlite | actors)
+    arrowlite | actors | kernels)
         stage setup setup
         stage "$1" python "$1.py"
         ;;
@@ -108,6 +109,7 @@ case "${1:-pipeline}" in
         stage setup setup
         stage arrowlite python arrowlite.py
         stage actors python actors.py
+        stage kernels python kernels.py
         ;;
     *)
         echo "run.sh: there is no stage '$1'" >&2
