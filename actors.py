@@ -1503,9 +1503,9 @@ class Client:
 
     # - values -
 
-    def pack(self, value, tag=b"V"):
+    def pack(self, value):
         """(bytes, or (offset, size) in the arena; ids of the refs inside)"""
-        pieces, size, refs = pack(value, tag)
+        pieces, size, refs = pack(value)
         if size <= INLINE:
             return b"".join(pieces), refs
         for patience in range(10):
@@ -1618,6 +1618,8 @@ class Worker:
     def __init__(self, client):
         self.client, self.kinds, self.inbox, self.cancelled = client, {}, collections.deque(), set()
         self.instance, self.main_call, self.coroutines, self.begin = None, None, {}, None
+        self.special = {"__ray_ready__": lambda: True, "__ray_terminate__": exit_actor,
+                        "__ray_call__": self.call_with_instance}
         client.handlers |= {"kind": self.on_kind, "run": self.on_run, "exit": self.on_exit, "cancel": self.on_cancel}
 
     def live(self):
@@ -1721,9 +1723,11 @@ class Worker:
 
         args, kwargs = unpack(call.payload) if call.payload is not None else value(_borrow(call.deps[0]))
         args, kwargs = [value(arg) for arg in args], {name: value(arg) for name, arg in kwargs.items()}
-        special = {"": kind[1], "__init__": functools.partial(self.construct, kind[1]), "__ray_ready__": lambda: True,
-                   "__ray_terminate__": exit_actor, "__ray_call__": self.call_with_instance}
-        return special.get(call.method) or getattr(self.instance, call.method), args, kwargs
+        if not call.method:
+            return kind[1], args, kwargs
+        if call.method == "__init__":
+            return functools.partial(self.construct, kind[1]), args, kwargs
+        return self.special.get(call.method) or getattr(self.instance, call.method), args, kwargs
 
     def construct(self, cls, *args, **kwargs):
         self.instance = cls(*args, **kwargs)
@@ -2191,7 +2195,7 @@ class ActorPool:
 
     def __init__(self, actors):
         self._idle, self._waiting = list(actors), collections.deque()
-        self._actors, self._refs, self._sent, self._next = {}, {}, 0, 0     # ref -> (number, actor); number -> ref
+        self._actors, self._refs, self._sent = {}, {}, 0    # ref -> (number, actor); number -> ref; the next number
 
     def submit(self, fn, value):
         if not self._idle:

@@ -2054,6 +2054,7 @@ def test_eight_readers_share_the_pages_of_one_array(small):
             self.array = small_ray.get(refs[0])
             return int(self.array.sum()), os.getpid()
 
+    gc.collect()                                                # arenas of sessions before, in cycles of pytest.raises
     ref = small.put(np.ones(256 << 20, np.uint8))
     readers = [Reader.remote() for _ in range(8)]
     results = small.get([reader.read.remote([ref]) for reader in readers])
