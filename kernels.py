@@ -368,11 +368,13 @@ def _paged_tiles(programs: int, longest: int, processors: int) -> dict:
     return dict(SPLITS=1 << (most.bit_length() - 1), BN=64, STAGES=3, num_warps=4)
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
-    page, pages, lengths = k_cache.shape[1], block_table.tolist(), context_lens.tolist()
-    slots = [pages[i][t // page] * page + t % page for i, n in enumerate(lengths) for t in range(n)]
-    k, v = (cache.flatten(0, 1)[slots] for cache in (k_cache, v_cache))                     # [tokens, kv_heads, dim]
-    ends = F.pad(context_lens.cumsum(0), (1, 0))
-    return flash_attention_reference(q, k, v, torch.arange(len(q) + 1), ends, True, scale)
+    page, longest = k_cache.shape[1], int(context_lens.max()) if len(q) else 0
+    seen = torch.arange(triton.cdiv(longest, page) * page, device=q.device) < context_lens[:, None]     # [batch, T]
+    table = block_table[:, :triton.cdiv(longest, page)].where(seen[:, ::page], 0)       # what is not read may be -1
+    k, v = (_wide(cache.index_select(0, table.flatten()).view(*seen.shape, *cache.shape[2:])).masked_fill_(
+        ~seen[..., None, None], 0).transpose(1, 2) for cache in (k_cache, v_cache))     # [batch, kv_heads, T, dim]
+    out = F.scaled_dot_product_attention(_wide(q)[:, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True)
+    return out[:, :, 0].masked_fill((context_lens == 0)[:, None, None], 0).to(q.dtype)
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor,
                     context_lens: Tensor, scale: float | None = None) -> Tensor:
@@ -877,28 +879,34 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
     tl.store(full_logprobs + pid, tl.minimum((picked - tl.log2(full)) * LN2, 0.0))
     tl.store(logprobs + pid, tl.where(greedy, 0.0, tl.minimum((picked - tl.log2(kept)) * LN2, 0.0)))
 
-def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
-    vocab, word = logits.shape[-1], 2**32 - 1
+def _race(seeds, positions, vocab):
+    """E [batch, vocab], in 64-bit integers, since torch shifts none of 32 bits without their sign."""
+    word = 2**32 - 1
     def mix(x):
         x = (x ^ (x >> 16)) * _MIX1.value & word
         x = (x ^ (x >> 15)) * _MIX2.value & word
         return x ^ (x >> 16)
     key = mix(mix(seeds & word ^ 0x9E3779B9) + (seeds >> 32) & word)
     other = mix(key ^ positions & word)
-    u = mix(mix(torch.arange(vocab, device=logits.device) ^ key[:, None]) + other[:, None] & word)
+    u = mix(mix(torch.arange(vocab, device=seeds.device) ^ key[:, None]) + other[:, None] & word)
     u = (u.float() + 0.5) * 2**-32
-    race = torch.where(u < 0.001, u * (1 + 0.5 * u), -torch.log1p(-u.clamp(max=0.99999994)))
-    greedy = temperature == 0
-    full = torch.log_softmax(logits.float() / torch.where(greedy, 1, temperature)[:, None], -1)
-    ordered = full.sort(-1, descending=True).values
-    k = torch.where((top_k <= 0) | greedy, vocab, top_k.clamp(max=vocab))
-    low = ordered.gather(1, k[:, None].long() - 1)                                  # the k-th largest
-    p = torch.where(ordered >= low, ordered, -torch.inf).softmax(-1)
-    before = p.cumsum(-1) - p                                                       # mass of all that is larger
-    last = ((before < top_p[:, None]) & (ordered >= low)).sum(-1, keepdim=True).clamp(min=1) - 1
-    low = torch.where(((top_p < 1) & ~greedy)[:, None], ordered.gather(1, last), low)
-    kept = torch.where(full >= low, full, -torch.inf).log_softmax(-1)
-    tokens = torch.where(greedy[:, None], full, kept - race.log()).argmax(-1)
+    return torch.where(u < 0.001, u * (1 + 0.5 * u), -torch.log1p(-u.clamp(max=0.99999994)))
+
+def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
+    greedy, vocab = temperature == 0, logits.shape[-1]
+    full = kept = scores = torch.log_softmax(logits.float() / torch.where(greedy, 1, temperature)[:, None], -1)
+    if (((top_k > 0) | (top_p < 1)) & ~greedy).any():                               # sorting is most of the time
+        ordered = full.sort(-1, descending=True).values
+        k = torch.where((top_k <= 0) | greedy, vocab, top_k.clamp(max=vocab))
+        low = ordered.gather(1, k[:, None].long() - 1)                              # the k-th largest
+        p = torch.where(ordered >= low, ordered, -torch.inf).softmax(-1)
+        before = p.cumsum(-1) - p                                                   # mass of all that is larger
+        last = ((before < top_p[:, None]) & (ordered >= low)).sum(-1, keepdim=True).clamp(min=1) - 1
+        low = torch.where(((top_p < 1) & ~greedy)[:, None], ordered.gather(1, last), low)
+        kept = torch.where(full >= low, full, -torch.inf).log_softmax(-1)
+    if not greedy.all():
+        scores = torch.where(greedy[:, None], full, kept - _race(seeds, positions, vocab).log())
+    tokens = scores.argmax(-1)
     logprobs, full = (x.gather(1, tokens[:, None])[:, 0] for x in (kept, full))
     return tokens, torch.where(greedy, 0.0, logprobs), full
 
@@ -1011,6 +1019,24 @@ def _sdpa(backend: str, q, k, v):
         return F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in (q, k, v)), is_causal=True,
                                               enable_gqa=True)
 
+def _liger(name: str, inputs) -> dict:
+    """Liger Kernel's version, where that is installed. Its losses make their gradients in the forward pass."""
+    try:
+        from liger_kernel.transformers import functional as liger
+    except ImportError:
+        return {}
+    at = torch.arange(len(inputs[0]), device="cuda") if inputs else None
+    function = {
+        "rms_norm": lambda x, w: liger.liger_rms_norm(x, w, 1e-6, in_place=False),
+        "rotary": lambda q, k: liger.liger_rope(*(x.transpose(0, 1)[None] for x in (q, k)),
+                                                *q.new_ones(2, 1, len(q), q.shape[2])),
+        "swiglu": liger.liger_swiglu,
+        "linear_cross_entropy": lambda x, w: liger.liger_fused_linear_cross_entropy(x, w, at),
+        "cross_entropy": lambda y: liger.liger_cross_entropy(y, at)}.get(name)
+    if name == "swiglu":                                # wants the halves apart
+        inputs = inputs[0].view(2, len(inputs[0]), -1).unbind()
+    return {"Liger": (function, inputs)} if function else {}
+
 def _gradients(function, inputs):
     """Outputs, and a function that gives the gradients of the inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
@@ -1051,11 +1077,12 @@ def benchmark():
     cases |= {name: case for name, case in _cases("cuda", 131_072).items() if cases[name][3][0] < 1e11}
     for name, (kernel, reference, inputs, work) in cases.items():
         limit, unit = (product, 1e9) if work[0] > 1e11 else (copy, 1e6)
-        rivals = {"torch.compile": torch.compile(reference)} if limit == copy and inputs else {}
+        torch.compiler.reset()                          # or it would give up compiling this line's eighth lambda
+        rivals = {"torch.compile": (torch.compile(reference), inputs)} if inputs else {}
         if name == "flash_attention":
-            rivals = {f"SDPA {x.lower()}": partial(_sdpa, f"{x}_ATTENTION") for x in ("FLASH", "CUDNN")}
-        for label, function in {"kernel": kernel, **rivals}.items():
-            runs = [lambda: function(*inputs), _gradients(function, inputs)[1]]                     # noqa: B023
+            rivals = {f"SDPA {x.lower()}": (partial(_sdpa, f"{x}_ATTENTION"), inputs) for x in ("FLASH", "CUDNN")}
+        for label, (function, given) in {"kernel": (kernel, inputs), **rivals, **_liger(name, inputs)}.items():
+            runs = [lambda: function(*given), _gradients(function, given)[1]]                       # noqa: B023
             rates = [(ms, amount / ms / unit) for ms, amount in ((time(f), a) for f, a in zip(runs, work))]
             print(f"{name:22}{label:14}" + "".join(f"{a:10.3f}{b:7.0f}{b / limit:6.0%}" for a, b in rates))
 
