@@ -281,18 +281,21 @@ class _FlashAttention(torch.autograd.Function):
         return dq, dk, dv, *[None] * 6
 
 def flash_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, scale=None):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, q_ends, k_ends = [], cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    out = [q.new_zeros(q_ends[0], *q.shape[1:])]                                    # 0 for tokens of no sequence,
     for a, b, c, d in zip(q_ends, q_ends[1:], k_ends, k_ends[1:]):
-        grouped = _wide(q[a:b]).unflatten(1, (k.shape[1], -1))                                  # [Lq, kv, group, dim]
-        scores = torch.einsum("ihgd,jhd->hgij", grouped, _wide(k[c:d])) * scale                 # [kv, group, Lq, Lk]
-        seen = torch.ones(b - a, d - c, dtype=torch.bool, device=q.device)
-        if causal:
-            seen = seen.tril(d - c - (b - a))
-        p = scores.masked_fill(~seen, HIDDEN.value).softmax(-1) * seen                          # 0 for who sees nothing
-        out.append(torch.einsum("hgij,jhd->ihgd", p, _wide(v[c:d])).flatten(1, 2).to(q.dtype))
-    zeros = q.new_zeros(q.shape)                                                            # for who has no sequence
-    return torch.cat([zeros[:q_ends[0]], *out, zeros[q_ends[-1]:]])
+        blind = max(b - a - (d - c), 0) if causal or c == d else 0                  # and for those who see no key
+        out.append(q.new_zeros(blind, *q.shape[1:]))
+        if b - a > blind:
+            heads = [_wide(x).transpose(0, 1)[None] for x in (q[a + blind:b], k[c:d], v[c:d])]      # [1, heads, L, dim]
+            earlier = d - c - (b - a - blind)                                       # keys that every query sees
+            seen = None
+            if causal and earlier:
+                seen = torch.ones(b - a - blind, d - c, dtype=torch.bool, device=q.device).tril(earlier)
+            one = F.scaled_dot_product_attention(*heads, seen, is_causal=causal and not earlier, scale=scale,
+                                                 enable_gqa=True)
+            out.append(one[0].transpose(0, 1).to(q.dtype))
+    return torch.cat([*out, q.new_zeros(len(q) - q_ends[-1], *q.shape[1:])])
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
                     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
