@@ -371,13 +371,15 @@ def _paged_tiles(programs: int, longest: int, processors: int) -> dict:
     return dict(SPLITS=1 << (most.bit_length() - 1), BN=64, STAGES=3, num_warps=4)
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
-    page, longest = k_cache.shape[1], int(context_lens.max()) if len(q) else 0
-    seen = torch.arange(triton.cdiv(longest, page) * page, device=q.device) < context_lens[:, None]     # [batch, T]
-    table = block_table[:, :triton.cdiv(longest, page)].where(seen[:, ::page], 0)       # what is not read may be -1
-    k, v = (_wide(cache.index_select(0, table.flatten()).view(*seen.shape, *cache.shape[2:])).masked_fill_(
-        ~seen[..., None, None], 0).transpose(1, 2) for cache in (k_cache, v_cache))     # [batch, kv_heads, T, dim]
-    out = F.scaled_dot_product_attention(_wide(q)[:, :, None], k, v, seen[:, None, None], scale=scale, enable_gqa=True)
-    return out[:, :, 0].masked_fill((context_lens == 0)[:, None, None], 0).to(q.dtype)
+    page, kv_heads, dim = k_cache.shape[1:]
+    queries = _wide(q).unflatten(1, (kv_heads, -1))                                         # [batch, kv, group, dim]
+    out = [queries[:0]]
+    for query, pages, n in zip(queries, block_table, context_lens.tolist()):                # one by one: no padding
+        k, v = (cache.index_select(0, pages[:triton.cdiv(n, page)]).view(1, -1, kv_heads, dim)[:, :n].transpose(1, 2)
+                for cache in (k_cache, v_cache))                                            # [1, kv, n, dim]
+        out.append(F.scaled_dot_product_attention(query[None], _wide(k), _wide(v), scale=scale) if n else
+                   torch.zeros_like(query)[None])
+    return torch.cat(out).flatten(1, 2).to(q.dtype)
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor,
                     context_lens: Tensor, scale: float | None = None) -> Tensor:
