@@ -11,7 +11,8 @@ This chip, an H200 by its data sheet, does 200 operations in the time that it mo
 measured on one, of what it reaches in a copy (4.27 TB/s) or a product of 8192 x 8192 matrices (687 TFLOP/s).
 
 Public names: flash_attention over packed sequences; paged_attention for decoding and store_kv for its cache; rms_norm,
-rotary, swiglu; linear_cross_entropy, the loss without the logits, and cross_entropy from them; sample; adamw_step.
+rotary and qkv_rotary, swiglu; linear_cross_entropy, the loss without the logits, and cross_entropy from them; sample;
+adamw_step.
 
 A CUDA tensor takes the kernel, a CPU tensor the reference, and under TRITON_INTERPRET=1 a CPU tensor takes the kernel
 too, line by line in numpy. fp64 is for checking and always takes the reference.
@@ -433,12 +434,12 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 # backward: 81% for heads of 128, 85 to 92% for wider rows.
 
 @triton.jit
-def _rms_norm_forward(x, residual, weight, out, summed, rstd, rows, heads, x_token, x_head, eps, WIDTH: constexpr,
-                      BLOCK: constexpr, ROWS: constexpr, RESIDUAL: constexpr):
+def _rms_norm_forward(x, residual, weight, out, summed, rstd, rows, x_stride, eps, WIDTH: constexpr, BLOCK: constexpr,
+                      ROWS: constexpr, RESIDUAL: constexpr):
     row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
     at = row[:, None] * WIDTH + column[None, :]
-    h = tl.load(x + (row // heads * x_token + row % heads * x_head)[:, None] + column, mask=mask, other=0.0)
+    h = tl.load(x + row[:, None] * x_stride + column[None, :], mask=mask, other=0.0)
     if RESIDUAL:
         h = h.to(tl.float32) + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
         h = _narrow(h, summed.dtype.element_ty)
@@ -450,8 +451,8 @@ def _rms_norm_forward(x, residual, weight, out, summed, rstd, rows, heads, x_tok
     tl.store(rstd + row, r, mask=row < rows)
 
 @triton.jit
-def _rms_norm_backward(dout, dsummed, h, weight, rstd, dx, dweight, rows, heads, h_token, h_head, WIDTH: constexpr,
-                       BLOCK: constexpr, ROWS: constexpr, RESIDUAL: constexpr, STAGES: constexpr):
+def _rms_norm_backward(dout, dsummed, h, weight, rstd, dx, dweight, rows, h_stride, WIDTH: constexpr, BLOCK: constexpr,
+                       ROWS: constexpr, RESIDUAL: constexpr, STAGES: constexpr):
     """With n = h * rstd and g = dout * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum of dout * n."""
     column = tl.arange(0, BLOCK)
     w = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -461,7 +462,7 @@ def _rms_norm_backward(dout, dsummed, h, weight, rstd, dx, dweight, rows, heads,
         mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
         at = row[:, None] * WIDTH + column[None, :]
         dy = tl.load(dout + at, mask=mask, other=0.0).to(tl.float32)
-        n = tl.load(h + (row // heads * h_token + row % heads * h_head)[:, None] + column, mask=mask, other=0.0)
+        n = tl.load(h + row[:, None] * h_stride + column[None, :], mask=mask, other=0.0)
         r = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
         n = n.to(tl.float32) * r
         g = dy * w[None, :]
@@ -483,25 +484,25 @@ def _norm_tiles(width: int, backward: bool) -> dict:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        h = _dense(x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1]))   # a slice of q, k, v merged is not copied
-        (tokens, heads, width), tiles = h.shape, _norm_tiles(h.shape[2], False)
-        out, rstd = x.new_empty(x.shape), x.new_empty(tokens * heads, dtype=torch.float32)
+        h = _dense(x.reshape(-1, x.shape[-1]))
+        (rows, width), tiles = h.shape, _norm_tiles(h.shape[1], False)
+        out, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
         summed = None if residual is None else x.new_empty(x.shape)
-        _rms_norm_forward[(triton.cdiv(len(rstd), tiles["ROWS"]),)](
-            h, None if residual is None else residual.contiguous(), weight, out, summed, rstd, len(rstd), heads,
-            *h.stride()[:2], eps, WIDTH=width, RESIDUAL=residual is not None, **tiles)
+        _rms_norm_forward[(triton.cdiv(rows, tiles["ROWS"]),)](
+            h, None if residual is None else residual.contiguous(), weight, out, summed, rstd, rows, h.stride(0), eps,
+            WIDTH=width, RESIDUAL=residual is not None, **tiles)
         ctx.save_for_backward(h if residual is None else summed.view(h.shape), weight, rstd)
         return out if residual is None else (out, summed)
 
     @staticmethod
     def backward(ctx, dout, dsummed=None):
         h, weight, rstd = ctx.saved_tensors
-        (_, heads, width), tiles, dout = h.shape, _norm_tiles(h.shape[2], True), dout.contiguous()
-        programs = min(tiles.pop("PER_SM") * _processors(h), triton.cdiv(len(rstd), tiles["ROWS"]))
+        (rows, width), tiles, dout = h.shape, _norm_tiles(h.shape[1], True), dout.contiguous()
+        programs = min(tiles.pop("PER_SM") * _processors(h), triton.cdiv(rows, tiles["ROWS"]))
         dx, parts = torch.empty_like(dout), h.new_empty(programs, width, dtype=torch.float32)
         _rms_norm_backward[(programs,)](
-            dout, None if dsummed is None else dsummed.contiguous(), h, weight, rstd, dx, parts, len(rstd), heads,
-            *h.stride()[:2], WIDTH=width, RESIDUAL=dsummed is not None, **tiles)
+            dout, None if dsummed is None else dsummed.contiguous(), h, weight, rstd, dx, parts, rows, h.stride(0),
+            WIDTH=width, RESIDUAL=dsummed is not None, **tiles)
         return dx, parts.sum(0).to(weight.dtype), None, None if dsummed is None else dx
 
 def rms_norm_reference(x, weight, eps=1e-6, residual=None):
@@ -514,60 +515,166 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | No
     """Over the last axis. With a residual, x + residual is normalised, and (normalised, x + residual) returned."""
     return _RMSNorm.apply(x, weight, eps, residual) if _on_triton(x) else rms_norm_reference(x, weight, eps, residual)
 
-# --- rotary position embedding ---------------------------------------------------------------------------------------
+# --- rotary position embedding, and the norm of queries and keys before it -------------------------------------------
 
 # Turns each pair (x[i], x[i + dim / 2]) of a head by the angle of its position (the halves of GPT-NeoX and Hugging
 # Face, not neighbours). Reads and writes q and k once, 4 bytes an element; a program takes one token, and reads its
-# cosines once for all heads: 90% of a copy. Backward is the same kernel turning the other way.
+# cosines once for all heads: 94% of a copy. Qwen3 normalises each head first (n = x / sqrt(mean(x^2) + eps) * weight),
+# which costs no more bytes in the same kernel. Backward turns the other way, and makes n again; its programs walk over
+# many tokens, so that the gradients of weights are sums in registers, as in rms_norm.
 
 @triton.jit
-def _turn(x, out, token, x_token, x_head, c, s, HEADS: constexpr, BLOCK: constexpr, HALF: constexpr, WIDTH: constexpr):
+def _pairs(x, at, HEADS: constexpr, BLOCK: constexpr, HALF: constexpr, WIDTH: constexpr):
+    """Both halves of the heads of a token, in fp32."""
+    mask = (tl.arange(0, BLOCK)[:, None] < HEADS) & (tl.arange(0, WIDTH)[None, :] < HALF)
+    return (tl.load(x + at, mask=mask, other=0.0).to(tl.float32),
+            tl.load(x + at + HALF, mask=mask, other=0.0).to(tl.float32), mask)
+
+@triton.jit
+def _halves(weight, HALF: constexpr, WIDTH: constexpr):
+    i = tl.arange(0, WIDTH)
+    return (tl.load(weight + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :],
+            tl.load(weight + HALF + i, mask=i < HALF, other=0.0).to(tl.float32)[None, :])
+
+@triton.jit
+def _angle(cos, sin, positions, token, stride, HALF: constexpr, WIDTH: constexpr):
+    i = tl.arange(0, WIDTH)[None, :]
+    at = tl.load(positions + token).to(tl.int64) * stride + i
+    return (tl.load(cos + at, mask=i < HALF, other=0.0).to(tl.float32),
+            tl.load(sin + at, mask=i < HALF, other=0.0).to(tl.float32))
+
+@triton.jit
+def _turn(x, weight, out, token, x_token, x_head, c, s, eps, HEADS: constexpr, BLOCK: constexpr, HALF: constexpr,
+          WIDTH: constexpr, NORM: constexpr):
     head, i = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
-    mask = (head < HEADS) & (i < HALF)
-    at, to = token * x_token + head * x_head + i, (token * HEADS + head) * 2 * HALF + i
-    a, b = tl.load(x + at, mask=mask).to(tl.float32), tl.load(x + at + HALF, mask=mask).to(tl.float32)
+    a, b, mask = _pairs(x, token * x_token + head * x_head + i, HEADS, BLOCK, HALF, WIDTH)
+    if NORM:
+        wa, wb = _halves(weight, HALF, WIDTH)
+        r = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
+        a, b = a * r * wa, b * r * wb
+    to = (token * HEADS + head) * 2 * HALF + i
     tl.store(out + to, _narrow(a * c - b * s, out.dtype.element_ty), mask=mask)
     tl.store(out + to + HALF, _narrow(b * c + a * s, out.dtype.element_ty), mask=mask)
 
 @triton.jit
-def _rotary(q, k, q_out, k_out, cos, sin, positions, q_token, q_head, k_token, k_head, table_stride, SIGN: constexpr,
-            Q: constexpr, BQ: constexpr, K: constexpr, BK: constexpr, HALF: constexpr, WIDTH: constexpr):
-    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)[None, :]
-    at = tl.load(positions + token).to(tl.int64) * table_stride + i
-    c = tl.load(cos + at, mask=i < HALF).to(tl.float32)
-    s = tl.load(sin + at, mask=i < HALF).to(tl.float32) * SIGN
-    _turn(q, q_out, token, q_token, q_head, c, s, Q, BQ, HALF, WIDTH)
-    _turn(k, k_out, token, k_token, k_head, c, s, K, BK, HALF, WIDTH)
+def _rotary(q, k, q_norm, k_norm, q_out, k_out, cos, sin, positions, q_token, q_head, k_token, k_head, table_stride,
+            eps, Q: constexpr, BQ: constexpr, K: constexpr, BK: constexpr, HALF: constexpr, WIDTH: constexpr,
+            NORM: constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    c, s = _angle(cos, sin, positions, token, table_stride, HALF, WIDTH)
+    _turn(q, q_norm, q_out, token, q_token, q_head, c, s, eps, Q, BQ, HALF, WIDTH, NORM)
+    _turn(k, k_norm, k_out, token, k_token, k_head, c, s, eps, K, BK, HALF, WIDTH, NORM)
+
+@triton.jit
+def _turn_back(dout, x, weight, dx, token, x_token, x_head, dx_token, c, s, eps, HEADS: constexpr, BLOCK: constexpr,
+               HALF: constexpr, WIDTH: constexpr, NORM: constexpr):
+    """Writes dx, and gives the gradient of the weight's halves: with n = x * r and g = dout * weight (turned back),
+    dx = r * (g - n * mean(g * n)), dweight = sum of dout * n."""
+    head, i = tl.arange(0, BLOCK)[:, None], tl.arange(0, WIDTH)[None, :]
+    ya, yb, mask = _pairs(dout, (token * HEADS + head) * 2 * HALF + i, HEADS, BLOCK, HALF, WIDTH)
+    a, b = ya * c + yb * s, yb * c - ya * s
+    da, db = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    if NORM:
+        na, nb, _ = _pairs(x, token * x_token + head * x_head + i, HEADS, BLOCK, HALF, WIDTH)
+        wa, wb = _halves(weight, HALF, WIDTH)
+        r = tl.rsqrt(tl.sum(na * na + nb * nb, 1) / (2 * HALF) + eps)[:, None]
+        na, nb = na * r, nb * r
+        da, db = tl.sum(a * na, 0), tl.sum(b * nb, 0)
+        a, b = a * wa, b * wb
+        mean = tl.sum(a * na + b * nb, 1)[:, None] / (2 * HALF)
+        a, b = (a - na * mean) * r, (b - nb * mean) * r
+    to = token * dx_token + head * 2 * HALF + i
+    tl.store(dx + to, _narrow(a, dx.dtype.element_ty), mask=mask)
+    tl.store(dx + to + HALF, _narrow(b, dx.dtype.element_ty), mask=mask)
+    return da, db
+
+@triton.jit
+def _rotary_backward(dq, dk, q, k, q_norm, k_norm, dxq, dxk, dweights, cos, sin, positions, q_token, q_head, k_token,
+                     k_head, dq_token, dk_token, table_stride, eps, tokens, Q: constexpr, BQ: constexpr, K: constexpr,
+                     BK: constexpr, HALF: constexpr, WIDTH: constexpr, NORM: constexpr):
+    zero, i = tl.zeros([WIDTH], tl.float32), tl.arange(0, WIDTH)
+    qa, qb, ka, kb = zero, zero, zero, zero
+    for t in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
+        token = tl.cast(t, tl.int64)
+        c, s = _angle(cos, sin, positions, token, table_stride, HALF, WIDTH)
+        a, b = _turn_back(dq, q, q_norm, dxq, token, q_token, q_head, dq_token, c, s, eps, Q, BQ, HALF, WIDTH, NORM)
+        qa, qb = qa + a, qb + b
+        a, b = _turn_back(dk, k, k_norm, dxk, token, k_token, k_head, dk_token, c, s, eps, K, BK, HALF, WIDTH, NORM)
+        ka, kb = ka + a, kb + b
+    if NORM:
+        at = dweights + tl.program_id(0) * 4 * HALF + i
+        tl.store(at, qa, mask=i < HALF)
+        tl.store(at + HALF, qb, mask=i < HALF)
+        tl.store(at + 2 * HALF, ka, mask=i < HALF)
+        tl.store(at + 3 * HALF, kb, mask=i < HALF)
 
 class _Rotary(torch.autograd.Function):
+    """x is q; or, without k, q, k and v side by side, whose gradients then need not be put together."""
     @staticmethod
-    def forward(ctx, q, k, cos, sin, positions, sign):
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.sign, q, k, heads, kv_heads, half = sign, _dense(q), _dense(k), q.shape[1], k.shape[1], q.shape[2] // 2
+    def forward(ctx, x, k, q_norm, k_norm, cos, sin, positions, eps, kv_heads):
+        merged, x = k is None, _dense(x)
+        q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1) if merged else (x, _dense(k), None)
+        heads, half = q.shape[1], q.shape[2] // 2
         outs = q.new_empty(q.shape), k.new_empty(k.shape)
-        _rotary[(len(q),)](q, k, *outs, cos, sin, positions, *q.stride()[:2], *k.stride()[:2], cos.stride(0), sign,
-                           heads, _power_of_two(heads), kv_heads, _power_of_two(kv_heads), half, _power_of_two(half),
-                           num_warps=2)
-        return outs
+        sizes = heads, _power_of_two(heads), kv_heads, _power_of_two(kv_heads), half, _power_of_two(half)
+        _rotary[(len(q),)](q, k, q_norm, k_norm, *outs, cos, sin, positions, *q.stride()[:2], *k.stride()[:2],
+                           cos.stride(0), eps, *sizes, q_norm is not None, num_warps=2)
+        ctx.save_for_backward(x, None if merged else k, q_norm, k_norm, cos, sin, positions)
+        ctx.settings = eps, sizes
+        return outs + (v,) if merged else outs
 
     @staticmethod
-    def backward(ctx, dq, dk):
-        return *_Rotary.apply(dq, dk, *ctx.saved_tensors, -ctx.sign), *[None] * 4
+    def backward(ctx, dq, dk, dv=None):
+        (x, k, q_norm, k_norm, cos, sin, positions), (eps, sizes) = ctx.saved_tensors, ctx.settings
+        heads, kv_heads, norm = sizes[0], sizes[2], q_norm is not None
+        dx, dxk, q = x.new_empty(x.shape), None if k is None else k.new_empty(k.shape), x
+        parts = dx, dxk
+        if k is None:
+            q, k, _ = x.split([heads, kv_heads, kv_heads], 1)
+            *parts, dxv = dx.split([heads, kv_heads, kv_heads], 1)
+            dxv.copy_(dv)
+        programs = min(len(x), 8 * _processors(x))
+        dweights = x.new_empty(programs if norm else 0, 2, x.shape[2], dtype=torch.float32)
+        _rotary_backward[(programs,)](
+            dq.contiguous(), dk.contiguous(), q, k, q_norm, k_norm, *parts, dweights, cos, sin, positions,
+            *q.stride()[:2], *k.stride()[:2], parts[0].stride(0), parts[1].stride(0), cos.stride(0), eps, len(x),
+            *sizes, norm, num_warps=2)
+        dnorms = dweights.sum(0).to(q_norm.dtype) if norm else (None, None)
+        return dx, dxk, *dnorms, *[None] * 5
 
 def rotary_reference(q, k, cos, sin, positions):
     c, s = cos[positions][:, None], sin[positions][:, None]                                     # [tokens, 1, dim / 2]
     halves = [_wide(x).chunk(2, -1) for x in (q, k)]
     return tuple(torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype) for a, b in halves)
 
+def _tables(cos, sin, dim):
+    cos, sin = cos[:, :dim // 2], sin[:, :dim // 2]
+    return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
+
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """q [tokens, heads, dim] and k [tokens, kv_heads, dim], turned. Tables are [max_positions, dim / 2], or dim wide
     with both halves the same, as Hugging Face makes them; positions [tokens] index them."""
-    cos, sin = (x[:, :q.shape[-1] // 2] for x in (cos, sin))
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin = _tables(cos, sin, q.shape[-1])
     if not _on_triton(q, k):
         return rotary_reference(q, k, cos, sin, positions)
-    return _Rotary.apply(q, k, cos, sin, positions, 1)
+    return _Rotary.apply(q, k, None, None, cos, sin, positions, 0.0, k.shape[1])
+
+def qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=None, eps=1e-6):
+    q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+    if q_norm is not None:
+        q, k = rms_norm_reference(q, q_norm, eps), rms_norm_reference(k, k_norm, eps)
+    return *rotary_reference(q, k, cos, sin, positions), v
+
+def qkv_rotary(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, positions: Tensor,
+               q_norm: Tensor | None = None, k_norm: Tensor | None = None,
+               eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as attention wants them, out of the one product that made them, [tokens, (heads + 2 * kv_heads) *
+    dim]: q and k normalised head by head (Qwen3; or not) and turned, v as it is."""
+    dim = qkv.shape[1] // (heads + 2 * kv_heads)
+    cos, sin = _tables(cos, sin, dim)
+    if not _on_triton(qkv):
+        return qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm, k_norm, eps)
+    return _Rotary.apply(qkv.unflatten(1, (-1, dim)), None, q_norm, k_norm, cos, sin, positions, eps, kv_heads)
 
 # --- swiglu ----------------------------------------------------------------------------------------------------------
 
@@ -981,7 +1088,7 @@ def _cases(device: str, n: int) -> dict:
     def make(*shape):
         return torch.randn(*shape, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     q, k, v, x, gate_up = make(n, heads, dim), make(n, kv, dim), make(n, kv, dim), make(n, width), make(n, 6 * width)
-    head, logits = make(vocab, width) * 0.05, make(n // 4, vocab)
+    head, logits, qkv, norms = make(vocab, width) * 0.05, make(n // 4, vocab), make(n, 4 * kv * dim), make(2, dim)
     ends, at = torch.tensor([0, n], dtype=torch.int32, device=device), torch.arange(n, device=device)
     cos, sin, targets = at[:, None].cos() * make(1, dim // 2), at[:, None].sin() * make(1, dim // 2), at % vocab
     batch, pages = (128, 128) if device == "cuda" else (3, 8)
@@ -1011,6 +1118,9 @@ def _cases(device: str, n: int) -> dict:
         "store_kv": (stored, lambda: torch.stack([k, v]), (), (4 * k.nbytes,)),
         "rms_norm": case(rms_norm, rms_norm_reference, (x, make(width)), (), 2 * x.nbytes, 3 * x.nbytes),
         "rotary": case(rotary, rotary_reference, (q, k), (cos, sin, at), turned, turned),
+        "qkv_rotary": (lambda y, *w: qkv_rotary(y, heads, kv, cos, sin, at, *w),
+                       lambda y, *w: qkv_rotary_reference(y, heads, kv, cos, sin, at, *w), (qkv, *norms),
+                       (turned, 1.5 * turned + 2 * v.nbytes)),
         "swiglu": case(swiglu, swiglu_reference, (gate_up,), (), 1.5 * gate_up.nbytes, 2.5 * gate_up.nbytes),
         "linear_cross_entropy": case(linear_cross_entropy, lambda y, w, t: logprobs(y @ w.T, t), (x, head), (targets,),
                                      product, 2 * product),

@@ -2817,6 +2817,13 @@ def interpreted_rows(dtype=torch.float32, bounds=(1e-6, 1e-5)):
                       lambda q, k: K.rotary_reference(q, k, cos.to(q.dtype), sin.to(q.dtype), positions), q, k)     # noqa: B023
         for part, error, bound in zip(("forward", "gradient"), pair, bounds):
             yield f"rotary {heads}/{kv} {dim} {part}", error, bound
+        merged, rest = randn(13, (heads + 2 * kv) * dim, dtype=dtype), (heads, kv, cos, sin, positions)
+        for norms in ((), (randn(dim, dtype=dtype), randn(dim, dtype=dtype, seed=1))):
+            pair = errors(lambda x, *w: K.qkv_rotary(x, *rest, *w),                                         # noqa: B023
+                          lambda x, *w: K.qkv_rotary_reference(x, *rest[:2], *(t.to(x.dtype) for t in rest[2:4]),   # noqa: B023
+                                                               positions, *w), merged, *norms)          # noqa: B023
+            for part, error, bound in zip(("forward", "gradient"), pair, bounds):
+                yield f"qkv_rotary {heads}/{kv} {dim} {len(norms)} norms {part}", error, bound
 
 
 def interpreted_head(dtype=torch.float32, bounds=(1e-6, 1e-5)):
@@ -3009,6 +3016,14 @@ def test_rotary_turns_as_hugging_face_does():
 
     for x, y in zip((q, k), K.rotary(q, k, cos, sin, positions)):
         assert relative(y, x * cos[positions][:, None] + half(x) * sin[positions][:, None]) < 1e-12
+
+
+def test_queries_and_keys_are_normalised_head_by_head_before_they_turn():
+    x, w = randn(9, 8, 64, dtype=torch.float64), randn(2, 64, dtype=torch.float64)
+    tables = randn(40, 32, dtype=torch.float64), randn(40, 32, seed=1, dtype=torch.float64), torch.arange(9) * 4
+    q, k, v = K.qkv_rotary(x.flatten(1), 4, 2, *tables, *w, 1e-6)
+    want = K.rotary(F.rms_norm(x[:, :4], [64], w[0], 1e-6), F.rms_norm(x[:, 4:6], [64], w[1], 1e-6), *tables)
+    assert max(map(relative, (q, k), want)) < 1e-12 and torch.equal(v, x[:, 6:])
 
 
 @pytest.mark.parametrize("temperature,vocab", [(1.0, None), (0.7, 90)])
