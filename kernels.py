@@ -247,25 +247,25 @@ def _attention_tiles(kernel: str, dim: int, itemsize: int) -> dict:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale):
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, new):
         (q, k, v), heads, dim = map(_aligned, (q, k, v)), q.shape[1], _power_of_two(q.shape[2], 64)
         tiles = _attention_tiles("forward", dim, q.itemsize)
         bm, bn = tiles["BM"], tiles["BN"]
         slots = (len(q) // 128 + len(cu_q)) * 128                           # see _slot
-        out = torch.zeros_like(q, memory_format=torch.contiguous_format)    # zeros, for tokens of no sequence
+        out = new(q, memory_format=torch.contiguous_format)
         lse = torch.full([heads, slots], -HIDDEN.value, dtype=torch.float32, device=q.device)
         _attention_forward[heads, len(cu_q) - 1, triton.cdiv(max_q, bm)](
             q, _sequences(k, bn, dim), _sequences(v, bn, dim), _sequences(out, bm, dim), lse, cu_q, cu_k, q.stride(0),
             scale * LOG2E.value, slots, heads // k.shape[1], causal, q.shape[2], dim, **tiles)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.settings = max_q, max_k, causal, scale, dim
+        ctx.settings = max_q, max_k, causal, scale, dim, new
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-        (max_q, max_k, causal, scale, dim), heads, dout = ctx.settings, q.shape[1], dout.contiguous()
-        dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        (max_q, max_k, causal, scale, dim, new), heads, dout = ctx.settings, q.shape[1], dout.contiguous()
+        dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta = torch.zeros_like(lse)
         fixed = heads // k.shape[1], causal, q.shape[2], dim
         tiles = _attention_tiles("q", dim, q.itemsize)
@@ -279,7 +279,7 @@ class _FlashAttention(torch.autograd.Function):
             _sequences(q, bm, dim), k, v, _sequences(dout, bm, dim), _tiled(lse, [1, bm]), _tiled(delta, [1, bm]),
             _sequences(dk, bn, dim), _sequences(dv, bn, dim), cu_q, cu_k, k.stride(0), v.stride(0), scale, *fixed,
             **tiles)
-        return dq, dk, dv, *[None] * 6
+        return dq, dk, dv, *[None] * 7
 
 def flash_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, scale=None):
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -300,11 +300,13 @@ def flash_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, 
 
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
                     cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-                    max_seqlen_k: int | None = None, causal: bool = True, scale: float | None = None) -> Tensor:
+                    max_seqlen_k: int | None = None, causal: bool = True, scale: float | None = None,
+                    covered: bool = False) -> Tensor:
     """Attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens, kv_heads,
     dim], sequence i at [cu_seqlens[i], cu_seqlens[i + 1]) (int32). Without cu_seqlens_k it is that of q. Causal masks
     are aligned at the bottom right, as in flash-attn: with Lq < Lk the queries are the last ones. Pass the longest
-    lengths to save a wait for the GPU. scale is positive, by default dim ** -0.5."""
+    lengths to save a wait for the GPU. scale is positive, by default dim ** -0.5. Tokens of no sequence get zeros;
+    covered=True says that there are none, which saves writing them."""
     heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[2]
     if heads % kv_heads:
         raise ValueError(f"{heads} query heads cannot share {kv_heads} key heads; the first must be a multiple")
@@ -317,7 +319,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
     max_q, max_k = (int(ends.diff().max()) if most is None else most
                     for ends, most in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)))
     scale = dim ** -0.5 if scale is None else scale
-    return _FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale)
+    return _FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale,
+                                 torch.empty_like if covered else torch.zeros_like)
 
 # --- paged attention: decoding against a cache in pages --------------------------------------------------------------
 
@@ -589,9 +592,9 @@ def _turn_back(dout, x, weight, dx, token, x_token, x_head, dx_token, c, s, eps,
     return da, db
 
 @triton.jit
-def _rotary_backward(dq, dk, q, k, q_norm, k_norm, dxq, dxk, dweights, cos, sin, positions, q_token, q_head, k_token,
-                     k_head, dq_token, dk_token, table_stride, eps, tokens, Q: constexpr, BQ: constexpr, K: constexpr,
-                     BK: constexpr, HALF: constexpr, WIDTH: constexpr, NORM: constexpr):
+def _rotary_backward(dq, dk, dv, q, k, q_norm, k_norm, dxq, dxk, dxv, dweights, cos, sin, positions, q_token, q_head,
+                     k_token, k_head, dq_token, dk_token, table_stride, eps, tokens, Q: constexpr, BQ: constexpr,
+                     K: constexpr, BK: constexpr, HALF: constexpr, WIDTH: constexpr, NORM: constexpr):
     zero, i = tl.zeros([WIDTH], tl.float32), tl.arange(0, WIDTH)
     qa, qb, ka, kb = zero, zero, zero, zero
     for t in tl.range(tl.program_id(0), tokens, tl.num_programs(0)):
@@ -601,6 +604,12 @@ def _rotary_backward(dq, dk, q, k, q_norm, k_norm, dxq, dxk, dweights, cos, sin,
         qa, qb = qa + a, qb + b
         a, b = _turn_back(dk, k, k_norm, dxk, token, k_token, k_head, dk_token, c, s, eps, K, BK, HALF, WIDTH, NORM)
         ka, kb = ka + a, kb + b
+        if dv is not None:
+            head = tl.arange(0, BK)[:, None]
+            a, b, mask = _pairs(dv, (token * K + head) * 2 * HALF + i[None, :], K, BK, HALF, WIDTH)
+            to = token * dk_token + head * 2 * HALF + i[None, :]
+            tl.store(dxv + to, _narrow(a, dxv.dtype.element_ty), mask=mask)
+            tl.store(dxv + to + HALF, _narrow(b, dxv.dtype.element_ty), mask=mask)
     if NORM:
         at = dweights + tl.program_id(0) * 4 * HALF + i
         tl.store(at, qa, mask=i < HALF)
@@ -628,17 +637,15 @@ class _Rotary(torch.autograd.Function):
         (x, k, q_norm, k_norm, cos, sin, positions), (eps, sizes) = ctx.saved_tensors, ctx.settings
         heads, kv_heads, norm = sizes[0], sizes[2], q_norm is not None
         dx, dxk, q = x.new_empty(x.shape), None if k is None else k.new_empty(k.shape), x
-        parts = dx, dxk
+        parts = dx, dxk, None
         if k is None:
-            q, k, _ = x.split([heads, kv_heads, kv_heads], 1)
-            *parts, dxv = dx.split([heads, kv_heads, kv_heads], 1)
-            dxv.copy_(dv)
-        programs = min(len(x), 8 * _processors(x))
+            (q, k, _), parts = (y.split([heads, kv_heads, kv_heads], 1) for y in (x, dx))
+        programs = min(len(x), 16 * _processors(x))
         dweights = x.new_empty(programs if norm else 0, 2, x.shape[2], dtype=torch.float32)
         _rotary_backward[(programs,)](
-            dq.contiguous(), dk.contiguous(), q, k, q_norm, k_norm, *parts, dweights, cos, sin, positions,
-            *q.stride()[:2], *k.stride()[:2], parts[0].stride(0), parts[1].stride(0), cos.stride(0), eps, len(x),
-            *sizes, norm, num_warps=2)
+            *(None if y is None else y.contiguous() for y in (dq, dk, dv)), q, k, q_norm, k_norm, *parts, dweights, cos,
+            sin, positions, *q.stride()[:2], *k.stride()[:2], parts[0].stride(0), parts[1].stride(0), cos.stride(0),
+            eps, len(x), *sizes, norm, num_warps=1)
         dnorms = dweights.sum(0).to(q_norm.dtype) if norm else (None, None)
         return dx, dxk, *dnorms, *[None] * 5
 
@@ -1049,8 +1056,9 @@ def sample(logits: Tensor, temperature, top_k, top_p, seeds: Tensor, positions: 
 @triton.jit
 def _adamw(param, master, m, v, grad, scale, size, lr, beta1, beta2, eps, decay, bias1, bias2, BLOCK: constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = i < size
-    g = tl.load(grad + i, mask=live).to(tl.float32) * tl.load(scale)
+    factor = tl.load(scale)
+    live = i < tl.where(factor == factor, size, 0)      # NaN: nothing changes, and nobody had to wait to find out
+    g = tl.load(grad + i, mask=live).to(tl.float32) * factor
     p, a, b = tl.load(master + i, mask=live), tl.load(m + i, mask=live), tl.load(v + i, mask=live)
     a, b = a * beta1 + g * (1 - beta1), b * beta2 + g * g * (1 - beta2)
     p = p * (1 - lr * decay) - lr * (a / bias1) / (tl.sqrt(b / bias2) + eps)
@@ -1060,6 +1068,8 @@ def _adamw(param, master, m, v, grad, scale, size, lr, beta1, beta2, eps, decay,
     tl.store(param + i, _narrow(p, param.dtype.element_ty), mask=live)
 
 def adamw_step_reference(param, master, m, v, grad, step, lr, betas, eps, weight_decay, grad_scale):
+    if grad_scale != grad_scale:
+        return
     g = grad.to(master.dtype) * grad_scale
     m.lerp_(g, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
@@ -1070,7 +1080,8 @@ def adamw_step(param: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
                grad: Tensor, step: int, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                weight_decay: float = 0.0, grad_scale: Tensor | float = 1.0) -> None:
     """One step (the first is 1) of AdamW, in place, over flat tensors: fp32 master and moments, the gradient in any
-    dtype, times grad_scale (say, the clip factor, which may stay on the GPU), the result also into param."""
+    dtype, times grad_scale (say, the clip factor, which may stay on the GPU; if that is NaN nothing changes), the
+    result also into param."""
     if not _on_triton(master):
         return adamw_step_reference(param, master, exp_avg, exp_avg_sq, grad, step, lr, betas, eps, weight_decay,
                                     grad_scale)
@@ -1112,7 +1123,7 @@ def _cases(device: str, n: int) -> dict:
 
     product, pairs, turned = 2 * n * width * vocab, 2 * n * n * heads * dim, 2 * (q.nbytes + k.nbytes)
     return {
-        "flash_attention": (lambda *y: flash_attention(*y, ends, None, n),
+        "flash_attention": (lambda *y: flash_attention(*y, ends, None, n, covered=True),
                             lambda *y: flash_attention_reference(*y, ends, ends), (q, k, v), (pairs, 2.5 * pairs)),
         "paged_attention": case(paged_attention, paged_attention_reference, (), decode, cache.nbytes),
         "store_kv": (stored, lambda: torch.stack([k, v]), (), (4 * k.nbytes,)),

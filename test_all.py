@@ -28,7 +28,9 @@ import traceback
 import tracemalloc
 import warnings
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -2760,6 +2762,20 @@ def interpreted_attention(dtype=torch.float32, bounds=(1e-6, 1e-5)):
             yield f"{dim} {heads}/{kv} {lq} {lk} {what}", error, bound
 
 
+def interpreted_covered():
+    """What is not zeroed first is written, all of it: also by sequences without queries or without keys."""
+    def poisoned(x, **settings):
+        return torch.full_like(x, math.nan, **settings)
+
+    for lq, lk, causal in (([70, 0, 33, 128], None, True), ([5, 40, 0], [0, 33, 9], False), ([70, 3], [31, 64], True)):
+        inputs, call = qkv(4, 2, 64, lq, lk), partial(K.flash_attention, causal=causal)
+        want = run(lambda *x: call(*x, ends(lq), ends(lk or lq)), *inputs)                              # noqa: B023
+        with mock.patch.object(torch, "empty_like", poisoned):
+            got = run(lambda *x: call(*x, ends(lq), ends(lk or lq), covered=True), *inputs)             # noqa: B023
+        for a, b in zip(sum(got, []), sum(want, [])):
+            yield f"{lq} {lk}", float(not torch.equal(a, b)), 0
+
+
 def interpreted_neighbours():
     q, k, v = qkv(4, 2, 64, [50, 77, 90])
     middle = K.flash_attention(q[50:127], k[50:127], v[50:127], ends([77]))
@@ -2886,6 +2902,10 @@ def interpreted_optimizer():
         K.adamw_step_reference(*theirs, grad, 3, 1e-2, (0.9, 0.95), 1e-8, 0.1, 0.5)
         for name, a, b in zip(("param", "master", "m", "v"), ours, theirs):
             yield f"adamw {dtype} {name}", relative(a, b), 1e-6 if a.dtype == torch.float32 else 1e-3
+        before, nan = [x.clone() for x in ours], torch.tensor(math.nan)
+        K.adamw_step(*ours, grad, 4, 1e-2, grad_scale=nan)
+        K.adamw_step_reference(*ours, grad, 4, 1e-2, (0.9, 0.95), 1e-8, 0.1, nan)
+        yield f"adamw {dtype} by NaN", float(not all(map(torch.equal, ours, before))), 0
         cache, both = torch.zeros(2, 5, 16, 3, 80, dtype=dtype), randn(7, 6, 80, dtype=dtype)
         slots = torch.tensor([3, -1, 79, 16, 17, 0, 5])
         K.store_kv(both[:, :3], both[:, 3:], cache[0], cache[1], slots)
@@ -2903,8 +2923,8 @@ def interpreted_bf16():
     yield from interpreted_head(torch.bfloat16, (4e-3, 4e-3))
 
 
-INTERPRETED = ["attention", "neighbours", "strangers", "paged", "rows", "head", "slices", "sampling", "optimizer",
-               "bf16"]
+INTERPRETED = ["attention", "covered", "neighbours", "strangers", "paged", "rows", "head", "slices", "sampling",
+               "optimizer", "bf16"]
 
 
 def interpret():
