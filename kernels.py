@@ -328,8 +328,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
 # query heads of a group are the rows of one dot (padded to the 16 that the tensor cores want), so their keys are read
 # once, not once a head. A sequence is split over several programs by its own length, which keeps all SMs reading when
 # the batch is small or uneven. The grid depends on shapes alone, never on lengths, so a CUDA graph can hold it.
-# 96% of a copy at 64 sequences of 4096; 82% at 128 of 256 to 2048; 87% at 8 of 16k. store_kv only moves bytes, at the
-# rate of a copy.
+# 97% of a copy at 64 sequences of 4096; 89% at 8 of 16k; 78% at 128 of 256 to 2048, and 92% with the longest first: the
+# last programs to start are then short. store_kv only moves bytes, at the rate of a copy.
 
 @triton.jit
 def _paged_part(q, k_cache, v_cache, block_table, context_lens, out, lse, q_stride, table_stride, page_stride,
@@ -358,7 +358,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, out, lse, q_stri
     tl.store(out + at[:, None] * D + dims[None, :], _narrow(acc / mass[:, None], out.dtype.element_ty), mask=mine)
     tl.store(lse + at, m + tl.log2(mass), mask=rows < GROUP)
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def _paged_merge(parts, lse, out, entries, SPLITS: constexpr, D: constexpr, DIM: constexpr):
     """out = sum of exp2(lse - max) part / sum of exp2(lse - max), over the splits of one head of one sequence."""
     entry, splits, dims = tl.program_id(0).to(tl.int64), tl.arange(0, SPLITS), tl.arange(0, DIM)
@@ -370,8 +370,8 @@ def _paged_merge(parts, lse, out, entries, SPLITS: constexpr, D: constexpr, DIM:
     tl.store(out + entry * D + dims, _narrow(tile, out.dtype.element_ty), mask=dims < D)
 
 def _paged_tiles(programs: int, longest: int, processors: int) -> dict:
-    """Splits such that an SM has up to 16 programs, but none less than 256 tokens; a power of two."""
-    most = max(1, min(16 * processors // programs, triton.cdiv(longest, 256), 64))
+    """Splits such that an SM has up to 4 programs, but none less than 256 tokens; a power of two."""
+    most = max(1, min(4 * processors // programs, triton.cdiv(longest, 256), 64))
     return dict(SPLITS=1 << (most.bit_length() - 1), BN=64, STAGES=3, num_warps=4)
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
@@ -436,7 +436,7 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
 # each sums in registers, and torch adds the programs up, always in the same order. Forward: 95 to 99% of a copy;
 # backward: 81% for heads of 128, 85 to 92% for wider rows.
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_forward(x, residual, weight, out, summed, rstd, rows, x_stride, eps, WIDTH: constexpr, BLOCK: constexpr,
                       ROWS: constexpr, RESIDUAL: constexpr):
     row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -453,7 +453,7 @@ def _rms_norm_forward(x, residual, weight, out, summed, rstd, rows, x_stride, ep
     tl.store(out + at, _narrow(h * r[:, None] * w[None, :], out.dtype.element_ty), mask=mask)
     tl.store(rstd + row, r, mask=row < rows)
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _rms_norm_backward(dout, dsummed, h, weight, rstd, dx, dweight, rows, h_stride, WIDTH: constexpr, BLOCK: constexpr,
                        ROWS: constexpr, RESIDUAL: constexpr, STAGES: constexpr):
     """With n = h * rstd and g = dout * weight: dx = rstd * (g - n * mean(g * n)), dweight = sum of dout * n."""
@@ -591,7 +591,7 @@ def _turn_back(dout, x, weight, dx, token, x_token, x_head, dx_token, c, s, eps,
     tl.store(dx + to + HALF, _narrow(b, dx.dtype.element_ty), mask=mask)
     return da, db
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotary_backward(dq, dk, dv, q, k, q_norm, k_norm, dxq, dxk, dxv, dweights, cos, sin, positions, q_token, q_head,
                      k_token, k_head, dq_token, dk_token, table_stride, eps, tokens, Q: constexpr, BQ: constexpr,
                      K: constexpr, BK: constexpr, HALF: constexpr, WIDTH: constexpr, NORM: constexpr):
@@ -688,7 +688,7 @@ def qkv_rotary(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor,
 # silu(gate) * up, the halves of one product's output. Forward reads 4 bytes an output and writes 2; backward reads 6
 # and writes 4. The sigmoid is recomputed, not kept: cheaper than its bytes. Forward 92%, backward 94% of a copy.
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu(gate_up, dout, out, rows, stride, WIDTH: constexpr, BLOCK: constexpr, ROWS: constexpr,
             BACKWARD: constexpr):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -761,7 +761,7 @@ def _logits(x, weight, row, column, x_stride, rows, columns, width, BM: constexp
         acc += tl.load(x + r.to(tl.int64) * x_stride + c, mask=(r < rows) & (c < columns), other=0.0).to(tl.float32)
     return acc
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, width, BM: constexpr, BV: constexpr,
                  BK: constexpr, FUSED: constexpr):
     first_row, split, splits = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
@@ -788,7 +788,7 @@ def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, widt
     tl.store(at + 2 * part, t * LN2, mask=row < rows)
     tl.store(at + 3 * part, hit * LN2, mask=row < rows)
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "start"])
 def _logit_grads(x, weight, targets, factors, out, scale, x_stride, size, rows, width, start, BM: constexpr,
                  BV: constexpr, BK: constexpr, FUSED: constexpr):
     """dx for the columns [start, start + size); factors [4, rows]: lse, then those of p, of p log p, of the target."""
