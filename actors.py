@@ -1368,9 +1368,15 @@ class Client:
         self.closed = True
         if self.old_handler is not None:
             signal.signal(signal.SIGINT, self.old_handler)
+        self.leave_loop()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)    # to close is not enough while a thread or a child has it, too
         self.sock.close()
+
+    def leave_loop(self):
+        """Or that event loop would take a later socket of the same number for this one."""
+        with contextlib.suppress(RuntimeError):                     # it is closed
+            self.loop and self.loop.remove_reader(self.sock.fileno())
 
     # - messages out: from any thread, and from the garbage collector in the middle of another message -
 
@@ -1560,6 +1566,7 @@ class Client:
         import asyncio
         loop = asyncio.get_running_loop()
         if self.loop is not loop:
+            self.leave_loop()
             loop.add_reader(self.sock.fileno(), self.read_now)
             self.loop = loop
 

@@ -2684,6 +2684,23 @@ def test_the_demo_of_actors_runs():
     assert done.returncode == 0 and "it runs again" in done.stdout and done.stdout.endswith("\n12\n"), done.stderr
 
 
+def test_an_event_loop_can_be_used_again_in_the_next_session():
+    code = """
+import asyncio, os, time, actors as ray
+loop = asyncio.new_event_loop()
+async def ask():
+    return await asyncio.wait_for(ray.remote(lambda: time.sleep(0.2) or 1).remote(), 10)
+spare = [os.open("/dev/null", os.O_RDONLY) for _ in range(3)]
+for _ in range(3):
+    ray.init(num_cpus=1)
+    print(loop.run_until_complete(ask()))
+    ray.shutdown()
+    os.close(spare.pop())               # so that the next socket gets a number that was taken
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1\n1\n1\n", done.stdout + done.stderr
+
+
 # --- kernels.py ------------------------------------------------------------------------------------------------------
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
