@@ -11,6 +11,7 @@ usage: bash run.sh [STAGE]
   arrowlite   the demo of arrowlite.py: columnar data, and how fast it is
   actors      the demo of actors.py: a small Ray, and how fast it is
   kernels     the demo of kernels.py: every kernel against its twin; on a GPU, how fast they are
+  parallel    the demo of parallel.py: a tiny Qwen3 over tp=2 x pp=2 processes against one; on a GPU, the speed
   test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
   setup       only install what the other stages need
   help        this text
@@ -93,6 +94,14 @@ run_tests() {
     stage tests python -m pytest "${select[@]}" "$@"
 }
 
+run_parallel() {        # four processes on the CPU, or one on the GPU that there is
+    if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        python parallel.py
+    else
+        OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 parallel.py --tp 2 --pp 2
+    fi
+}
+
 case "${1:-pipeline}" in
     help | -h | --help) help ;;
     setup) stage setup setup test ;;
@@ -105,11 +114,16 @@ case "${1:-pipeline}" in
         stage setup setup
         stage "$1" python "$1.py"
         ;;
+    parallel)
+        stage setup setup
+        stage parallel run_parallel
+        ;;
     pipeline)
         stage setup setup
         stage arrowlite python arrowlite.py
         stage actors python actors.py
         stage kernels python kernels.py
+        stage parallel run_parallel
         ;;
     *)
         echo "run.sh: there is no stage '$1'" >&2

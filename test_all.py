@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 import actors as small_ray
 import arrowlite as al
 import kernels as K
+import parallel as P
 
 HERE = Path(__file__).parent
 
@@ -3267,6 +3269,740 @@ def test_kernels_on_the_gpu_equal_their_references():
 def test_the_demo_checks_every_kernel():
     done = subprocess.run([sys.executable, HERE / "kernels.py"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "flash_attention" in done.stdout, done.stdout + done.stderr
+
+
+# --- parallel.py -----------------------------------------------------------------------------------------------------
+
+def _rank(rank, world, store, results, function, args):
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        results.put((rank, True, pickle.dumps(function(*args))))    # bytes: shared memory would die with us
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def on_ranks(world, function, *args, timeout=100):
+    """What function(*args) returns in each of as many forked processes, which are one group."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        children = [context.Process(target=_rank, args=(rank, world, f"{folder}/store", results, function, args),
+                                    daemon=True) for rank in range(world)]
+        try:
+            for child in children:
+                child.start()
+            found, deadline = {}, time.monotonic() + timeout
+            while len(found) < world:
+                rank, fine, value = results.get(timeout=max(0.1, deadline - time.monotonic()))
+                assert fine, f"rank {rank}:\n{value}"
+                found[rank] = pickle.loads(value)
+            for child in children:
+                child.join(10)
+        finally:
+            for child in children:
+                child.kill()
+    return [found[rank] for rank in range(world)]
+
+
+SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
+
+
+def small_config(**overrides):
+    return P.Config(**SMALL | overrides)
+
+
+def documents(seed, lengths, vocab=101, targets=True):
+    """Packed random documents; the target of a document's last token, and of every fifth token, is ignored."""
+    generator, total = torch.Generator().manual_seed(seed), sum(lengths)
+    tokens, ends = torch.randint(vocab, (total,), generator=generator), torch.tensor([0, *lengths]).cumsum(0)
+    goals = tokens.roll(-1)
+    goals[ends[1:] - 1], goals[::5] = -100, -100
+    return {"tokens": tokens, "positions": torch.cat([torch.arange(n) for n in lengths]), "cu_seqlens": ends.int(),
+            "targets": goals if targets else torch.full_like(goals, -100)}
+
+
+def dealt(dp, micro=5):
+    """The micro-batches of each replica, unevenly: with dp > 1 the last one has fewer, and no target at all."""
+    whole = [documents(i, [5 + i % 3, 1, 9 - i % 4, 2 + i], targets=dp == 1 or i % dp < dp - 1) for i in range(micro)]
+    return [whole[i::dp] for i in range(dp)]
+
+
+def perturb(model):
+    """Everything random, norms and biases too, and the same on every layout."""
+    def noise(i, spec):
+        generator = torch.Generator().manual_seed(i)
+        x = torch.randn(spec.shape, generator=generator, dtype=torch.float64)
+        return 1 + 0.3 * x if "norm" in spec.name else 0.3 * x
+    model.load_hf((spec.name, noise(i, spec)) for i, spec in enumerate(model.specs))
+    return model
+
+
+def make_loss(batches):
+    count = sum(int((batch["targets"] >= 0).sum()) for batch in batches)
+    def loss(model, hidden, batch):
+        if model.value_head:
+            total = ((model.value(hidden) - 0.3) ** 2 * (batch["targets"] >= 0)).sum() / count
+        else:
+            logprob, entropy = model.logprobs(hidden, batch["targets"], temperature=0.9)
+            total = -(logprob.sum() + 0.1 * entropy.sum()) / count
+        return total, total.item()
+    return loss
+
+
+def gradients(model):
+    """The gradients after a run, by Hugging Face name."""
+    return {name: x.clone() for name, x in model.hf_tensors([bucket.shard_total for bucket in model.buckets])}
+
+
+def parameters(model):
+    return {name: x.clone() for name, x in model.hf_tensors()}
+
+
+def distance(ours, theirs):
+    """The largest difference, relative to the largest of the tensor."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[x] - theirs[x]).abs().max() / theirs[x].abs().max().clamp(min=1e-30)) for x in theirs)
+
+
+def sgd(model, norm, lr=0.1, clip=0.3):
+    lr *= min(1, clip / norm)                                           # gradients are clipped by the norm of all
+    for bucket in model.buckets:
+        bucket.flat[bucket.shard] -= lr * bucket.shard_total
+        if model.mesh.dp > 1:
+            bucket.gather(bucket.flat, bucket.flat[bucket.shard]).wait()
+
+
+def train_steps(config, mesh, steps, dp, schedule="1f1b", **settings):
+    """Loss, norm and gradients of the first step; and the parameters after some steps of SGD with clipping."""
+    model = perturb(P.Qwen3(config, mesh, dtype=torch.float64, **settings))
+    optimizer, data = P.AdamW(model), dealt(dp)
+    loss = make_loss(sum(data, []))
+    mine = data[mesh.dp_rank] if mesh.dp > 1 else sum(data, [])
+    results = P.run(model, mine, loss, schedule)
+    norm, grads = optimizer.grad_norm().item(), gradients(model)
+    for step in range(steps):
+        if step:
+            P.run(model, mine, loss, schedule)
+        sgd(model, optimizer.grad_norm().item())
+    return sum(results), norm, grads, parameters(model)
+
+
+def compare_layouts(cases, steps):
+    """For each case (config, layout, settings) the largest error of gradients, norm and SGD against one process."""
+    found, alone = [], {}
+    for overrides, layout, settings in cases:
+        config, mesh = small_config(**overrides), P.init(*layout)
+        known = str((overrides, mesh.dp, settings.get("value_head")))
+        if known not in alone:
+            alone[known] = train_steps(config, P.Mesh(device="cpu"), steps, mesh.dp,
+                                       value_head=settings.get("value_head", False))
+        loss, norm, grads, after = train_steps(config, mesh, steps, mesh.dp, **settings)
+        wanted_loss, wanted_norm, wanted, wanted_after = alone[known]
+        total = torch.tensor([loss / mesh.tp], dtype=torch.float64)
+        dist.all_reduce(total)
+        found.append((str((overrides, layout, settings)), abs(total.item() - wanted_loss) / abs(wanted_loss),
+                      abs(norm - wanted_norm) / wanted_norm, distance(grads, wanted), distance(after, wanted_after)))
+    return found
+
+
+QWEN2 = dict(model_type="qwen2", qk_norm=False, attention_bias=True, tie_word_embeddings=False)
+LLAMA = dict(model_type="llama", qk_norm=False, attention_bias=True, num_attention_heads=6, num_key_value_heads=2,
+             intermediate_size=36, hidden_size=48)
+ON_TWO = [({}, (1, 1, 2), {}), ({}, (1, 1, 2), dict(sequence_parallel=False)), (QWEN2, (1, 1, 2), {}),
+          (LLAMA, (1, 1, 2), {}), ({}, (1, 1, 2), dict(value_head=True)), ({}, (1, 1, 2), dict(recompute=True)),
+          ({}, (1, 2, 1), {}), ({}, (1, 2, 1), dict(schedule="afab")), ({}, (1, 2, 1), dict(chunks=2)),
+          (QWEN2, (1, 2, 1), {}), ({}, (1, 2, 1), dict(value_head=True)), ({}, (2, 1, 1), {}), (QWEN2, (2, 1, 1), {})]
+ON_FOUR = [({}, (1, 1, 4), {}), ({}, (1, 1, 4), dict(sequence_parallel=False)), ({}, (1, 4, 1), {}),
+           ({}, (1, 4, 1), dict(schedule="afab")), (dict(num_hidden_layers=9), (1, 4, 1), dict(chunks=2)),
+           ({}, (2, 2, 1), {}), ({}, (2, 1, 2), {}), ({}, (1, 2, 2), dict(chunks=2, recompute=True)),
+           ({}, (4, 1, 1), {}),
+           (dict(QWEN2, tie_word_embeddings=True), (1, 1, 4), {})]
+
+
+@pytest.mark.parametrize("world,cases,steps", [(2, ON_TWO, 2), (4, ON_FOUR, 2), (8, [({}, (2, 2, 2), {})], 5)])
+def test_every_layout_computes_what_one_process_does(world, cases, steps):
+    for ranks in zip(*on_ranks(world, compare_layouts, cases, steps)):
+        for case, *errors in ranks:
+            assert max(errors) < 1e-12, (case, errors)          # fp64: sums in another order
+
+
+def _tied(steps):
+    mesh = P.init(pp=2)
+    model = perturb(P.Qwen3(small_config(), mesh, dtype=torch.float64))
+    optimizer, data = P.AdamW(model, lr=1e-2, clip=0.1), dealt(1)[0]
+    norms = [(P.run(model, data, make_loss(data)), optimizer.step().item())[1] for _ in range(steps)]
+    words = model.embed if mesh.pp_rank == 0 else model.head_weight
+    return words.detach().clone(), norms
+
+
+def test_tied_embeddings_of_two_stages_stay_bit_equal():
+    (first, norms), (last, others) = on_ranks(2, _tied, 10)
+    assert torch.equal(first, last) and norms == others and not torch.equal(first, perturb(P.Qwen3(
+        small_config(), P.Mesh(device="cpu"), dtype=torch.float64)).embed)
+
+
+def _schedules():
+    found = []
+    for settings in (dict(), dict(schedule="afab"), dict(chunks=2), dict(chunks=2, schedule="afab")):
+        found.append(train_steps(small_config(), P.init(pp=2), 1, 1, **settings)[2])
+    return found
+
+
+def test_schedules_agree_bit_for_bit():
+    for first, *others in on_ranks(2, _schedules):
+        assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+def play(pp, chunks, micro, schedule):
+    """Play a schedule: every rank in order, messages by links that are first in, first out. Returns the operations."""
+    todo = [P.program(schedule, pp, rank, chunks, micro) for rank in range(pp)]
+    stages, links, at, done = pp * chunks, {}, [0] * pp, set()
+    while any(at[rank] < len(todo[rank]) for rank in range(pp)):
+        before = len(done)
+        for rank in range(pp):
+            while at[rank] < len(todo[rank]):
+                kind, chunk, m = todo[rank][at[rank]]
+                stage = chunk * pp + rank
+                source, to = (stage - 1, stage + 1) if kind == "F" else (stage + 1, stage - 1)
+                if kind == "B":
+                    assert ("F", stage, m) in done
+                if 0 <= source < stages:
+                    link = links.setdefault((kind, source % pp, rank), [])
+                    if not link:
+                        break
+                    assert link.pop(0) == (stage, m), "a message that is not the one that is awaited"
+                if 0 <= to < stages:
+                    links.setdefault((kind, rank, to % pp), []).append((to, m))
+                done.add((kind, stage, m))
+                at[rank] += 1
+        assert len(done) > before, "every rank waits for another"
+    return done
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "afab"])
+def test_schedules_never_hang_and_their_messages_keep_order(schedule):
+    for pp in (1, 2, 3, 4, 8):
+        for chunks in (1, 2, 3):
+            for micro in range(0, 14):
+                assert len(play(pp, chunks, micro, schedule)) == 2 * pp * chunks * micro
+
+
+def _timed(micro, schedule, forward, backward):
+    """The wall time of stages that sleep, and the most activations that each kept."""
+    torch.set_num_threads(1)
+    mesh, live, most = P.init(pp=4), set(), [0]
+    def do_forward(chunk, m, x):
+        assert (x is None) == (mesh.pp_rank == 0) and (x is None or x[0] == m)
+        live.add(m)
+        most[0] = max(most[0], len(live))
+        time.sleep(forward)
+        return torch.full((4,), float(m))
+    def do_backward(chunk, m, dy):
+        assert (dy is None) == (mesh.pp_rank == 3) and (dy is None or dy[0] == -m)
+        live.remove(m)
+        time.sleep(backward)
+        return torch.full((4,), -float(m))
+    times = []
+    for _ in range(3):
+        dist.barrier()
+        start = time.monotonic()
+        P.pipeline(mesh, P.program(schedule, 4, mesh.pp_rank, 1, micro), 4, do_forward, do_backward,
+                   lambda m: torch.empty(4))
+        dist.barrier()
+        times.append(time.monotonic() - start)
+    return min(times), most[0]
+
+
+def test_1f1b_overlaps_stages_and_keeps_few_activations():
+    micro, forward, backward = 8, 0.05, 0.1
+    ranks = on_ranks(4, _timed, micro, "1f1b", forward, backward)
+    bubble = 1 - micro * (forward + backward) / min(seconds for seconds, _ in ranks)
+    assert abs(bubble / (3 / (micro + 3)) - 1) < 0.1, bubble
+    assert [most for _, most in ranks] == [4, 3, 2, 1]                  # not 8
+    assert [most for _, most in on_ranks(4, _timed, 3 * micro, "1f1b", 0, 0)] == [4, 3, 2, 1]
+    assert [most for _, most in on_ranks(4, _timed, micro, "afab", 0, 0)] == [micro] * 4
+
+
+TRANSFORMERS = {
+    "qwen3 tied": ("Qwen3", dict(tie_word_embeddings=True)),
+    "qwen3 with biases": ("Qwen3", dict(tie_word_embeddings=False, attention_bias=True)),
+    "qwen2": ("Qwen2", dict(tie_word_embeddings=False, num_attention_heads=3, num_key_value_heads=1, hidden_size=24)),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "llama of SmolLM2's shape": ("Llama", dict(tie_word_embeddings=True, num_attention_heads=9, num_key_value_heads=3,
+                                               hidden_size=72)),
+    "llama 3 positions": ("Llama", dict(rope_parameters=dict(
+        rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32))),
+    "llama with biases": ("Llama", dict(attention_bias=True, tie_word_embeddings=False)),
+}
+
+
+def transformers_model(kind, folder, dtype=torch.float32, shard="1GB", **settings):
+    import transformers
+    values = {k: v for k, v in SMALL.items() if k != "head_dim" or kind == "Qwen3"} | settings
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.normal_(0, 0.3)
+            p += 1.0 if "norm" in name else 0.0
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard)
+    return model.eval()
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers' norms are in fp32 whatever the model is in; here, to compare in fp64, in fp64."""
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
+    from transformers.models.qwen3 import modeling_qwen3
+    for kind in (modeling_llama.LlamaRMSNorm, modeling_qwen2.Qwen2RMSNorm, modeling_qwen3.Qwen3RMSNorm):
+        monkeypatch.setattr(kind, "forward", lambda self, x: self.weight * x * torch.rsqrt(
+            x.square().mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_logits_equal_those_of_transformers(name, dtype, tolerance, tmp_path, exact_norms):
+    kind, settings = TRANSFORMERS[name]
+    theirs = transformers_model(kind, tmp_path, dtype, **settings)
+    ours = P.Qwen3.from_pretrained(tmp_path, P.Mesh(device="cpu"), dtype=dtype)
+    lengths = [11, 1, 30, 7]
+    batch = documents(1, lengths)
+    with torch.no_grad():
+        hidden = ours(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"]))
+        wanted = torch.cat([theirs(x[None]).logits[0] for x in batch["tokens"].split(lengths)])
+    assert (ours.logits(hidden) - wanted).abs().max() < tolerance * wanted.abs().max()
+    logprob, _ = ours.logprobs(hidden, batch["targets"])
+    keep = batch["targets"] >= 0
+    nll = F.cross_entropy(wanted[keep], batch["targets"][keep], reduction="none")
+    assert (logprob[keep] + nll).abs().max() < 10 * tolerance and logprob[~keep].eq(0).all()
+
+
+def test_packed_documents_do_not_see_each_other_in_the_model():
+    model = perturb(P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=torch.float64))
+    lengths = [3, 12, 1, 9]
+    batch = documents(0, lengths)
+    with torch.no_grad():
+        together = model(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"])).split(lengths)
+        for tokens, hidden in zip(batch["tokens"].split(lengths), together):
+            ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+            assert (model(tokens, torch.arange(len(tokens)), P.packed(ends)) - hidden).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+@pytest.mark.parametrize("name", ["qwen3 tied", "qwen2", "llama with biases"])
+def test_weights_go_in_and_out_bit_exact(name, shard, tmp_path):
+    kind, settings = TRANSFORMERS[name]
+    theirs = transformers_model(kind, tmp_path / "theirs", torch.bfloat16, shard, **settings)
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists() == (shard == "20KB")
+    ours = P.Qwen3.from_pretrained(tmp_path / "theirs", P.Mesh(device="cpu"), dtype=torch.bfloat16)
+    wanted = theirs.state_dict()
+    assert all(torch.equal(x, wanted[name]) for name, x in ours.hf_tensors())
+    ours.save_pretrained(tmp_path / "ours")
+    again = type(theirs).from_pretrained(tmp_path / "ours", dtype=torch.bfloat16).state_dict()
+    assert again.keys() == wanted.keys() and all(torch.equal(again[name], wanted[name]) for name in wanted)
+
+
+def test_a_config_survives_the_way_through_config_json(tmp_path):
+    for settings in ({}, QWEN2, LLAMA, dict(qk_norm=False, model_type="llama", rope_theta=5e5, eos_token_id=[3, 4],
+                                            rope_scaling=dict(TRANSFORMERS["llama 3 positions"][1]["rope_parameters"],
+                                                              rope_theta=5e5))):
+        config = small_config(**settings)
+        (tmp_path / "config.json").write_bytes(config.to_json())
+        assert P.Config.from_pretrained(tmp_path) == config
+
+
+def test_folders_that_are_no_such_model_are_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        P.Qwen3.from_pretrained(tmp_path / "nothing")
+    transformers_model("Qwen3", tmp_path / "model", shard="20KB")
+    parts = sorted((tmp_path / "model").glob("model-*.safetensors"))
+    parts[1].write_bytes(parts[1].read_bytes()[:-100])
+    with pytest.raises(ValueError, match="cut off"):
+        P.Qwen3.from_pretrained(tmp_path / "model")
+    parts[1].unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        P.Qwen3.from_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    for wrong in (dict(hidden_act="gelu"), dict(model_type="gemma", hidden_activation="x"),
+                  dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0))):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(ValueError, match="not known here"):
+            P.Config.from_pretrained(tmp_path / "model")
+
+
+def test_wrong_tensors_are_refused_before_they_do_harm():
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
+    good = parameters(model)
+    for bad, word in ((dict(good, extra=torch.zeros(2)), "extra"), ({"model.norm.weight": torch.zeros(9)}, "(9,)"),
+                      ({k: v for k, v in good.items() if "layers.2." not in k}, "missing")):
+        with pytest.raises(ValueError, match=word.replace("(", r"\(").replace(")", r"\)")):
+            model.load_hf(bad)
+        assert all(torch.equal(x, good[name]) for name, x in model.hf_tensors())
+    pointer = model.layers[0].qkv.data_ptr()
+    model.load_hf({name: x.numpy() + 1 for name, x in good.items()})
+    assert model.layers[0].qkv.data_ptr() == pointer
+    assert all(torch.equal(x, good[name] + 1) for name, x in model.hf_tensors())
+
+
+def _weights(layouts, folder):
+    found = []
+    for layout in layouts:
+        mesh = P.init(*layout)
+        settings = dict(dtype=torch.bfloat16, chunks=2 if layout[1] == 2 else 1)
+        found.append((parameters(P.Qwen3(small_config(), mesh, seed=5, **settings)),
+                      parameters(P.Qwen3.from_pretrained(folder, mesh, **settings)),
+                      [p.shape for p in P.Qwen3(small_config(), mesh, **settings).parameters()]))
+    return found
+
+
+def test_initial_and_loaded_weights_are_the_same_on_every_layout(tmp_path):
+    theirs = transformers_model("Qwen3", tmp_path, torch.bfloat16, tie_word_embeddings=True).state_dict()
+    fresh = parameters(P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=torch.bfloat16, seed=5))
+    other = parameters(P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=torch.bfloat16, seed=6))
+    assert not torch.equal(fresh["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
+    layouts = [(1, 1, 4), (1, 4, 1), (1, 2, 2), (2, 1, 2), (4, 1, 1)]
+    for rank in on_ranks(4, _weights, layouts, tmp_path):
+        for ours, loaded, _ in rank:
+            assert all(torch.equal(ours[x], fresh[x]) and torch.equal(loaded[x], theirs[x]) for x in fresh)
+
+
+def test_layouts_that_cannot_be_are_refused_with_the_choices():
+    config = small_config(num_attention_heads=12, num_key_value_heads=4, intermediate_size=96)
+    with pytest.raises(ValueError, match="choose tp from 1, 2, 4, 12"):
+        P.Qwen3(config, P.Mesh(tp=3, device="cpu"))
+    with pytest.raises(ValueError, match="pp x chunks is from 1 to 4"):
+        P.Qwen3(config, P.Mesh(pp=5, device="cpu"))
+    with pytest.raises(ValueError, match="pp x chunks is from 1 to 4"):
+        P.Qwen3(config, P.Mesh(pp=2, device="cpu"), chunks=3)
+    with pytest.raises(ValueError, match="does not make 1 processes; choose from 1 x 1 x 1"):
+        P.init(tp=2)
+    with pytest.raises(ValueError, match="unknown schedule fast; choose from afab, 1f1b"):
+        P.program("fast", 2, 0, 1, 4)
+    model = P.Qwen3(config, P.Mesh(device="cpu"))
+    with pytest.raises(ValueError, match="65 tokens, and the model 64 positions"):
+        P.run(model, [documents(0, [65])], make_loss([documents(0, [65])]))
+
+
+def _plain_adamw(steps):
+    """Ours on three replicas, and torch's on the whole, from the same start."""
+    mesh, data = P.init(), dealt(3)
+    ours = perturb(P.Qwen3(small_config(), mesh, dtype=torch.float64))
+    optimizer = P.AdamW(ours, lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1, clip=0.5)
+    alone = perturb(P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=torch.float64))
+    plain = torch.optim.AdamW(alone.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+    whole, norms = sum(data, []), []
+    for step in range(steps):
+        lr = 1e-3 * (1 + step % 3)
+        P.run(ours, data[mesh.dp_rank], make_loss(whole))
+        norm = optimizer.step(lr)
+        plain.zero_grad()
+        for batch in whole:
+            hidden = alone(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"]))
+            make_loss(whole)(alone, hidden, batch)[0].backward()
+        norms.append(abs(norm.item() - torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.5).item()) / norm)
+        plain.param_groups[0]["lr"] = lr
+        plain.step()
+    held = sum(x.nbytes for state in optimizer.state for x in state.values())
+    return distance(parameters(ours), parameters(alone)), max(norms), held
+
+
+def test_zero_1_equals_a_plain_adamw_and_holds_a_share_of_its_state():
+    total = sum(math.prod(spec.shape) for spec in P.table(small_config())) * 8 * 3
+    for error, norm_error, held in on_ranks(3, _plain_adamw, 10):
+        assert error < 1e-12 and norm_error < 1e-12
+        assert total / 3 <= held < total / 3 * 1.1
+
+
+def _rounded():
+    """Gradients in bf16, alone and on two replicas, and in fp64."""
+    found = []
+    for mesh, dtype in ((P.Mesh(device="cpu"), torch.float64), (P.Mesh(device="cpu"), torch.bfloat16),
+                        (P.init(), torch.bfloat16)):
+        model, data = perturb(P.Qwen3(small_config(), mesh, dtype=dtype)), dealt(2)
+        P.AdamW(model)
+        P.run(model, data[mesh.dp_rank] if mesh.dp > 1 else sum(data, []), make_loss(sum(data, [])))
+        found.append(gradients(model))
+    return found
+
+
+def test_gradients_of_bf16_are_summed_in_fp32():
+    for exact, alone, replicas in on_ranks(2, _rounded):
+        for name, x in exact.items():
+            assert alone[name].dtype == replicas[name].dtype == torch.float32
+            assert (alone[name] - x).norm() < 0.2 * x.norm(), name
+            assert (replicas[name] - alone[name]).norm() < 1e-5 * x.norm(), name    # the last one has no targets
+
+
+def _events():
+    """The order in which buckets begin to be reduced, and the backward passes of layers end, in two micro-batches."""
+    mesh, events = P.init(), []
+    plain = P.reduce_scatter
+    model = P.Qwen3(small_config(), mesh)
+    P.AdamW(model)
+    def recorded(out, *args, **settings):
+        events.append(f"reduce {len(out)}")
+        return plain(out, *args, **settings)
+    P.reduce_scatter = recorded
+    for layer in model.layers:
+        layer.register_full_backward_pre_hook(lambda module, _: events.append(f"backward {module.index}"))
+    data = dealt(2, 4)
+    model.tp.sequence = False
+    P.run(model, data[0], make_loss(data[0]))
+    return events, [bucket.params[0].bucket is bucket for bucket in model.buckets]
+
+
+def test_gradients_are_reduced_while_backward_goes_on():
+    events, _ = on_ranks(2, _events)[0]
+    backward = [i for i, event in enumerate(events) if event.startswith("backward")]
+    reduce = [i for i, event in enumerate(events) if event.startswith("reduce")]
+    assert [events[i] for i in backward] == [f"backward {i}" for i in (3, 2, 1, 0)] * 2
+    assert len(reduce) == 6                                             # words, four layers, the norm: each once,
+    assert reduce[0] > backward[3]                                      # in the last micro-batch,
+    assert sum(i < backward[-1] for i in reduce) >= 3                   # and most before the first layer's turn comes
+
+
+def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
+    optimizer, before = P.AdamW(model), parameters(model)
+    P.run(model, dealt(1)[0], lambda model, hidden, batch: (hidden.sum() * math.inf, None))
+    assert not math.isfinite(optimizer.step())
+    assert all(torch.equal(before[name], x) for name, x in model.hf_tensors())
+    P.run(model, dealt(1)[0], make_loss(dealt(1)[0]))
+    assert math.isfinite(optimizer.step())
+    assert not all(torch.equal(before[name], x) for name, x in model.hf_tensors())
+
+
+def test_a_run_without_backward_gives_results_and_keeps_no_graph():
+    model, data = P.Qwen3(small_config(), P.Mesh(device="cpu"), chunks=2), dealt(1)[0]
+    def score(model, hidden, batch):
+        assert not hidden.requires_grad
+        return None, model.logprobs(hidden, batch["targets"])[0]
+    scores = P.run(model, data, score, backward=False)
+    assert [len(x) for x in scores] == [len(batch["tokens"]) for batch in data]
+    assert all(bucket.total is None for bucket in model.buckets)
+
+
+def saved_bytes(recompute):
+    """Gradients of a run, and the bytes that its graph keeps for backward."""
+    model = perturb(P.Qwen3(small_config(num_hidden_layers=8), P.Mesh(device="cpu"), recompute=recompute))
+    data, kept, loss = dealt(1)[0], {}, make_loss(dealt(1)[0])
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.data_ptr()] = x.nbytes
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        P.run(model, data[:1], loss)
+    P.run(model, data, loss)
+    return gradients(model), sum(kept.values())
+
+
+def test_recompute_gives_the_same_bits_in_less_memory():
+    (plain, much), (again, little) = saved_bytes(False), saved_bytes(True)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+    assert little < much / 4
+
+
+def _trained(folder, layout, steps, save_at=None, load_from=None, dtype=torch.bfloat16, state=None):
+    """Parameters and optimizer state, by Hugging Face names, after some steps."""
+    mesh = P.init(*layout) if math.prod(layout) > 1 else P.Mesh(device="cpu")
+    model = P.Qwen3.from_pretrained(folder, mesh, dtype=dtype)
+    optimizer, data = P.AdamW(model, lr=1e-2, weight_decay=0.1, clip=1.0), dealt(mesh.dp)
+    loss, found = make_loss(sum(data, [])), None
+    if load_from:
+        found = P.load(load_from, model, optimizer)
+    for step in steps:
+        P.run(model, data[mesh.dp_rank], loss)
+        optimizer.step()
+        if save_at and step == save_at[0]:
+            P.save(save_at[1], model, optimizer, {"step": step, "order": torch.arange(5)})
+    everything = {("model", name): x for name, x in parameters(model).items()}
+    for kind in optimizer.state[0]:
+        shards = [state[kind] for state in optimizer.state]
+        everything |= {(kind, name): x.clone() for name, x in model.hf_tensors(shards)}
+    return everything, found, optimizer.steps
+
+
+def same(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[x], theirs[x]) for x in theirs)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model folder, and a checkpoint of it from 8 processes after three of five steps."""
+    root = tmp_path_factory.mktemp("checkpoint")
+    P.tiny_model(root / "model", **dict(SMALL, num_hidden_layers=4, vocab_size=259))
+    at_three = on_ranks(8, _trained, root / "model", (2, 2, 2), range(1, 4), (3, root / "run" / "step-3"))[7][0]
+    at_five = on_ranks(8, _trained, root / "model", (2, 2, 2), range(1, 6))[7][0]
+    return root, at_three, at_five
+
+
+@pytest.mark.parametrize("layout", [(1, 1, 1), (1, 4, 1), (1, 1, 4), (4, 1, 2)])
+def test_checkpoints_load_bit_equal_on_other_layouts(layout, checkpoint):
+    root, at_three, _ = checkpoint
+    arguments = root / "model", layout, (), None, root / "run"
+    ranks = [_trained(*arguments)] if layout == (1, 1, 1) else on_ranks(math.prod(layout), _trained, *arguments)
+    for everything, state, steps in ranks:
+        assert same(everything, at_three) and steps == 3
+        assert state["step"] == 3 and torch.equal(state["order"], torch.arange(5))
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(checkpoint):
+    root, _, at_five = checkpoint
+    for everything, _, steps in on_ranks(8, _trained, root / "model", (2, 2, 2), (4, 5), None, root / "run"):
+        assert same(everything, at_five) and steps == 5
+
+
+def test_a_merged_checkpoint_is_a_model_for_transformers(checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    root, at_three, _ = checkpoint
+    subprocess.run([sys.executable, HERE / "parallel.py", "merge", root / "run", tmp_path / "out"], check=True)
+    theirs, ours = (AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+                    P.Qwen3.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, device="cpu"))
+    assert all(torch.equal(x, at_three["model", name]) for name, x in ours.hf_tensors())
+    assert all(torch.equal(theirs.state_dict()[name], x) for name, x in ours.hf_tensors())
+    words = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = words.apply_chat_template([{"role": "user", "content": "é"}], add_generation_prompt=True, tokenize=False)
+    assert ids == "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n" and words.eos_token == "<|im_end|>"
+    assert words.decode(words("naïve 漢字\n").input_ids) == "naïve 漢字\n"
+
+
+def _merge_peak(source, out):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    P.merge(source, out)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+
+
+def test_merge_needs_the_memory_of_a_tensor_not_of_a_model(tmp_path):
+    config = P.Config(vocab_size=2000, hidden_size=512, intermediate_size=2048, num_hidden_layers=16, head_dim=64,
+                      num_attention_heads=8, num_key_value_heads=8)
+    model = P.Qwen3(config, P.Mesh(device="cpu"))
+    size = sum(bucket.flat.nbytes for bucket in model.buckets)
+    P.save(tmp_path / "checkpoint", model)
+    del model
+    context = multiprocessing.get_context("spawn")                      # a fork would begin with our memory
+    with context.Pool(1) as pool:
+        peak = pool.apply(_merge_peak, (tmp_path / "checkpoint", tmp_path / "out"))
+    largest = 2048 * 512 * 4
+    assert peak < 8 * largest < size / 6, (peak / largest, size / largest)
+
+
+def _alone(folder=None):
+    torch.set_num_threads(1)
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
+    return model, P.AdamW(model)
+
+
+def test_shards_that_are_cut_missing_or_foreign_are_named(tmp_path):
+    model, optimizer = _alone()
+    for i in (1, 2):
+        P.save(tmp_path / f"step-{i}", model, optimizer, {"step": i})
+    shard, other = (tmp_path / f"step-{i}" / "rank-00000.safetensors" for i in (2, 1))
+    whole = shard.read_bytes()
+    for content, error, word in ((whole[:-10], ValueError, "cut off"), (whole[:5], ValueError, "cut off"),
+                                 (other.read_bytes(), ValueError, "another checkpoint"),
+                                 (None, FileNotFoundError, "missing")):
+        shard.unlink() if content is None else shard.write_bytes(content)
+        with pytest.raises(error, match=f"rank-00000.safetensors.*{word}"):
+            P.load(tmp_path / "step-2", model, optimizer)
+        assert P.latest(tmp_path) == tmp_path / "step-1" and P.load(tmp_path, model, optimizer) == {"step": 1}
+    shard.write_bytes(whole)
+    assert P.latest(tmp_path) == tmp_path / "step-2" and P.load(tmp_path, model, optimizer) == {"step": 2}
+    assert P.latest(tmp_path / "nothing") is None
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        P.load(tmp_path / "nothing", model)
+    with pytest.raises(ValueError, match="something else than a checkpoint"):
+        P.save(tmp_path, model)
+    assert P.latest(tmp_path) == tmp_path / "step-2"
+
+
+def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path):
+    model, optimizer = _alone()
+    before = parameters(model)
+    other = P.Qwen3(small_config(hidden_size=40), P.Mesh(device="cpu"))
+    P.save(tmp_path / "other", other)
+    with pytest.raises(ValueError, match="load it into the model that it was saved from"):
+        P.load(tmp_path / "other", model)
+    P.save(tmp_path / "plain", perturb(P.Qwen3(small_config(), P.Mesh(device="cpu"))))
+    with pytest.raises(ValueError, match="with AdamW only if that was saved"):
+        P.load(tmp_path / "plain", model, optimizer)
+    assert all(torch.equal(before[name], x) for name, x in model.hf_tensors())
+    P.load(tmp_path / "plain", model)
+    assert not all(torch.equal(before[name], x) for name, x in model.hf_tensors())
+
+
+def _save_forever(folder, pipe, replace):
+    model, optimizer = _alone()
+    for step in range(10_000):
+        P.save(folder / ("same" if replace else f"step-{step}"), model, optimizer, {"step": step})
+        pipe.send(step)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_kill_at_any_moment_of_save_leaves_a_checkpoint_that_loads(tmp_path, replace):
+    context, generator, model_optimizer = multiprocessing.get_context("fork"), random.Random(0), None
+    for _ in range(12):
+        folder = tmp_path / str(generator.random())
+        ours, theirs = context.Pipe(duplex=False)
+        child = context.Process(target=_save_forever, args=(folder, theirs, replace), daemon=True)
+        child.start()
+        theirs.close()
+        done = ours.recv()                                              # one is finished,
+        time.sleep(generator.random() * 0.05)                           # and in one of the next ones comes
+        os.kill(child.pid, signal.SIGKILL)
+        child.join(10)
+        try:
+            while True:
+                done = ours.recv()
+        except EOFError:
+            pass
+        model_optimizer = model_optimizer or _alone()
+        assert P.load(folder, *model_optimizer)["step"] >= done
+        if replace:
+            P.save(folder / "same", *model_optimizer, {"step": -1})     # and the next save clears up
+            assert [x.name for x in folder.iterdir()] == ["same"] and P.load(folder, *model_optimizer)["step"] == -1
+
+
+def _full_disk(folder):
+    """Rank 1 may write no large files any more."""
+    mesh = P.init(tp=2)
+    model = P.Qwen3(small_config(), mesh)
+    P.save(folder / "good", model, None, {"step": 1})
+    if mesh.rank == 1:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+    try:
+        P.save(folder / "good", model, None, {"step": 2})
+    except OSError as error:
+        dist.barrier()
+        return str(error), sorted(x.name for x in folder.iterdir()), P.load(folder / "good", model)
+    return "no error", [], {}
+
+
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoint(tmp_path):
+    (first, names, state), (second, _, _) = on_ranks(2, _full_disk, tmp_path)
+    assert "rank 1" in first and "large" in first and "large" in second
+    assert names == ["good"] and state == {"step": 1}
+
+
+def test_training_flops_are_six_a_parameter_and_token_and_causal_attention():
+    config = P.Config()                                                 # 596 M parameters, the words counted once
+    wanted = 8192 * 6 * 596_049_920 + 8 * 6 * 28 * 2048 * 1024**2
+    assert abs(P.training_flops(config, [1024] * 8) / wanted - 1) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [
+    "parallel.py", "-m torch.distributed.run --nproc-per-node 4 parallel.py --tp 2 --pp 2"])
+def test_parallel_demo_agrees_with_one_process_and_transformers(command):
+    done = subprocess.run([sys.executable, *command.split()], cwd=HERE, capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "the largest difference to one process" in done.stdout, done.stderr
 
 
 # --- the house -------------------------------------------------------------------------------------------------------
