@@ -379,7 +379,7 @@ def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, sc
     queries = _wide(q).unflatten(1, (kv_heads, -1))                                         # [batch, kv, group, dim]
     out = [queries[:0]]
     for query, pages, n in zip(queries, block_table, context_lens.tolist()):                # one by one: no padding
-        k, v = (cache.index_select(0, pages[:triton.cdiv(n, page)]).view(1, -1, kv_heads, dim)[:, :n].transpose(1, 2)
+        k, v = (cache.index_select(0, pages[:-(-n // page)]).view(1, -1, kv_heads, dim)[:, :n].transpose(1, 2)
                 for cache in (k_cache, v_cache))                                            # [1, kv, n, dim]
         out.append(F.scaled_dot_product_attention(query[None], _wide(k), _wide(v), scale=scale) if n else
                    torch.zeros_like(query)[None])

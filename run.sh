@@ -12,6 +12,7 @@ usage: bash run.sh [STAGE]
   actors      the demo of actors.py: a small Ray, and how fast it is
   kernels     the demo of kernels.py: every kernel against its twin; on a GPU, how fast they are
   parallel    the demo of parallel.py: a tiny Qwen3 over tp=2 x pp=2 processes against one; on a GPU, the speed
+  engine      the demo of engine.py: a paged generator; on a GPU, how fast it is
   test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
   setup       only install what the other stages need
   help        this text
@@ -110,7 +111,7 @@ case "${1:-pipeline}" in
         stage setup setup test
         run_tests "$@"
         ;;
-    arrowlite | actors | kernels)
+    arrowlite | actors | kernels | engine)
         stage setup setup
         stage "$1" python "$1.py"
         ;;
@@ -124,6 +125,7 @@ case "${1:-pipeline}" in
         stage actors python actors.py
         stage kernels python kernels.py
         stage parallel run_parallel
+        stage engine python engine.py
         ;;
     *)
         echo "run.sh: there is no stage '$1'" >&2

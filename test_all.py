@@ -4,6 +4,7 @@ bash run.sh test            everything that is quick
 bash run.sh test all        and what takes minutes or gigabytes
 """
 import asyncio
+import contextlib
 import ctypes
 import datetime as dt
 import gc
@@ -41,8 +42,10 @@ import torch.nn.functional as F
 
 import actors as small_ray
 import arrowlite as al
+import engine as E
 import kernels as K
 import parallel as P
+from engine import LLM, SamplingParams
 
 HERE = Path(__file__).parent
 
@@ -4003,6 +4006,758 @@ def test_parallel_demo_agrees_with_one_process_and_transformers(command):
     done = subprocess.run([sys.executable, *command.split()], cwd=HERE, capture_output=True, text=True, timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "the largest difference to one process" in done.stdout, done.stderr
+
+
+# --- engine.py -------------------------------------------------------------------------------------------------------
+
+FULL = dict(temperature=1.0, max_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, one_thread):
+    return str(P.tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2, hidden_size=64, intermediate_size=96,
+                            initializer_range=0.1))
+
+
+@pytest.fixture(scope="module")
+def llm(tiny):
+    """For tests that leave it as they found it: everything in it is finished, and the weights are those of tiny."""
+    engine = LLM(tiny, max_model_len=256, max_num_seqs=16)
+    yield engine
+    check(engine.scheduler)
+    assert not engine.has_unfinished() and engine.weight_version == 0
+
+
+def check(scheduler):
+    """What holds after every step: pages add up, references match the tables, no seat is lost."""
+    blocks, running = scheduler.blocks, scheduler.running
+    held = [page for request in running for page in request.pages]
+    assert np.bincount(np.array(held, int), minlength=blocks.count).tolist() == blocks.refs
+    assert len(blocks.free) + len(set(held)) == blocks.count and not blocks.free.keys() & set(held)
+    assert all(blocks.labels[page][0] == key for key, page in blocks.known.items())
+    assert all(scheduler.table[r.seat, :len(r.pages)].tolist() == r.pages for r in running)
+    assert sorted(scheduler.seats + [r.seat for r in running]) == list(range(len(scheduler.table)))
+
+
+def some_prompts(seed=0, count=10, longest=70, vocab=256):
+    rng = random.Random(seed)
+    return [[rng.randrange(vocab) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def tokens_of(outputs):
+    return [[list(one.token_ids) for one in output.outputs] for output in outputs]
+
+
+def serve(engine, prompts, params, **settings):
+    outputs = engine.generate(prompts, params, use_tqdm=False, **settings)
+    check(engine.scheduler)
+    assert len(engine.scheduler.blocks.free) == engine.scheduler.blocks.count
+    return outputs
+
+
+def transformers_greedy(folder, prompts, count):
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+        answers.append(out[0, len(prompt):].tolist())
+    return model, answers
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "qwen2"])
+def test_greedy_tokens_are_those_of_transformers(tmp_path, one_thread, kind):
+    import transformers
+    names = {"qwen3": "Qwen3", "llama": "Llama", "qwen2": "Qwen2"}
+    torch.manual_seed(3)
+    config = getattr(transformers, names[kind] + "Config")(
+        vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16 if kind != "qwen2" else 12, max_position_embeddings=128, eos_token_id=7,
+        initializer_range=0.2, pad_token_id=0, bos_token_id=1, tie_word_embeddings=kind == "qwen2",
+        **({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                                "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
+           if kind == "llama" else {}))
+    model = getattr(transformers, names[kind] + "ForCausalLM")(config)
+    model.save_pretrained(tmp_path)
+    prompts = some_prompts(1, 12, 60, 199)
+    free = LLM(str(tmp_path)).generate(prompts, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True))
+    ends = [free[0]["token_ids"][6], free[1]["token_ids"][9]]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ends, "pad_token_id": 0}))
+    model, answers = transformers_greedy(tmp_path, prompts, 30)
+    engine = LLM(str(tmp_path), max_num_seqs=5, max_num_batched_tokens=40)
+    outputs = serve(engine, prompts, SamplingParams(temperature=0, max_tokens=30))
+    assert [one[0] for one in tokens_of(outputs)] == answers
+    assert {output.outputs[0].finish_reason for output in outputs} == {"stop", "length"}, "both ends should occur"
+    for temperature in (0.6, 1.0, 1.5):
+        params = SamplingParams(temperature=temperature, max_tokens=12, ignore_eos=True, seed=5)
+        outputs = serve(engine, prompts, params)
+        for prompt, output in zip(prompts, outputs):
+            one = output.outputs[0]
+            whole = torch.tensor([prompt + one.token_ids])
+            full = (model(whole).logits[0].double() / temperature).log_softmax(-1)
+            want = full[len(prompt) - 1:-1].gather(1, whole[0, len(prompt):, None])[:, 0]
+            assert len(one.logprobs) == len(one.token_ids) == 12
+            assert torch.allclose(torch.tensor(one.logprobs).double(), want, atol=2e-5)
+            every = full[:-1].gather(1, whole[0, 1:, None])[:, 0].tolist()
+            assert np.allclose(engine.score([whole[0].tolist()], temperature)[0], [0.0, *every], atol=2e-5)
+
+
+def test_greedy_logprobs_are_those_at_temperature_one(llm):
+    prompt = some_prompts(4)[0]
+    one = serve(llm, [prompt], SamplingParams(temperature=0, max_tokens=9, ignore_eos=True))[0].outputs[0]
+    assert np.allclose(one.logprobs, llm.score([prompt + one.token_ids])[0][len(prompt):], atol=1e-5)
+    assert max(one.logprobs) < 0
+
+
+def test_chunks_pages_pools_and_company_do_not_change_tokens(tiny):
+    """One request at a time in an engine without limits, against every way to squeeze many through a small one."""
+    prompts = some_prompts(2, 9, 80) + [[5] * n for n in (15, 16, 17, 32, 33, 33)]
+    params = [SamplingParams(temperature=0.8 if i % 3 else 0, max_tokens=4 + i, seed=i, ignore_eos=True,
+                             top_k=20 if i % 4 == 1 else -1, top_p=0.9 if i % 5 == 2 else 1.0)
+              for i in range(len(prompts))]
+    alone = LLM(tiny, max_model_len=128, enable_prefix_caching=False)
+    want = [tokens_of(serve(alone, [prompt], [one]))[0] for prompt, one in zip(prompts, params)]
+    assert len({tuple(x[0]) for x in want}) > 8, "the model says the same to everything: nothing is tested"
+    preempted = cached = 0
+    longest = max(len(prompt) + one.max_tokens for prompt, one in zip(prompts, params))
+    for chunk in (1, 7, 16, 300):
+        for page, caching, overlap, room in ((16, True, True, 1), (16, False, True, 1), (4, True, False, 1),
+                                             (1, True, True, 1.3), (16, True, True, 20)):
+            if chunk == 1 and page != 16:
+                continue
+            engine = LLM(tiny, max_model_len=128, max_num_seqs=6, max_num_batched_tokens=chunk, block_size=page,
+                         enable_prefix_caching=caching, async_scheduling=overlap,
+                         num_gpu_blocks_override=math.ceil((longest - 1) * room / page))
+            order = random.Random(chunk).sample(range(len(prompts)), len(prompts))
+            got = tokens_of(serve(engine, [prompts[i] for i in order], [params[i] for i in order]))
+            assert got == [want[i] for i in order], (chunk, page, caching, overlap, room)
+            preempted += engine.scheduler.preemptions
+            cached += engine.scheduler.cached_tokens
+            assert caching or not engine.scheduler.cached_tokens
+    assert preempted > 10 and cached > 500
+
+
+@pytest.mark.parametrize("page", [1, 4, 16])
+def test_prefix_cache_hits_are_whole_pages_before_the_last_token(tiny, page):
+    engine = LLM(tiny, max_model_len=128, block_size=page)
+    for n in sorted({1, page - 1, page, page + 1, 3 * page - 1, 3 * page, 3 * page + 1} - {0}):
+        prompt, before = [n] + [3] * n, engine.scheduler.cached_tokens
+        first = tokens_of(serve(engine, [prompt], SamplingParams(seed=1, max_tokens=5, ignore_eos=True)))
+        assert engine.scheduler.cached_tokens == before, "nothing of it was there"
+        again = tokens_of(serve(engine, [prompt], SamplingParams(seed=1, max_tokens=5, ignore_eos=True)))
+        assert first == again
+        assert engine.scheduler.cached_tokens - before == (len(prompt) - 1) // page * page
+
+
+def test_siblings_share_the_pages_of_their_prompt_in_the_very_step_that_fills_them(tiny):
+    engine = LLM(tiny, max_model_len=256, block_size=8, num_gpu_blocks_override=40)
+    prompt = list(range(100))
+    engine.add_request(prompt, SamplingParams(n=8, max_tokens=4, seed=0, ignore_eos=True))
+    engine.step()
+    assert len(engine.scheduler.running) == 8 and engine.scheduler.cached_tokens == 7 * 96
+    assert engine.scheduler.blocks.refs[engine.scheduler.running[0].pages[0]] == 8
+    check(engine.scheduler)
+    while engine.has_unfinished():
+        outputs = engine.step()
+    alone = LLM(tiny, max_model_len=256, enable_prefix_caching=False)
+    assert tokens_of(outputs) == tokens_of(serve(alone, prompt, SamplingParams(n=8, max_tokens=4, seed=0,
+                                                                             ignore_eos=True)))
+
+
+def test_partial_hits_after_eviction_are_right(tiny):
+    engine = LLM(tiny, max_model_len=128, block_size=4, num_gpu_blocks_override=20)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    alone = LLM(tiny, max_model_len=128, enable_prefix_caching=False)
+    rng, hits = random.Random(5), set()
+    for _ in range(60):
+        prompt = [rng.randrange(2)] * 20 + [rng.randrange(3)] * rng.randint(1, 30)
+        before = engine.scheduler.cached_tokens
+        assert tokens_of(serve(engine, [prompt], params)) == tokens_of(serve(alone, [prompt], params))
+        hits.add(engine.scheduler.cached_tokens - before)
+    assert len(hits) > 4, "hits of many lengths"
+
+
+def test_colliding_hashes_are_told_apart(tiny, monkeypatch):
+    class Same(tuple):
+        __hash__ = lambda self: 7                                                                   # noqa: E731
+    honest = E.Blocks.key
+    monkeypatch.setattr(E.Blocks, "key", lambda self, *args: Same(honest(self, *args)))
+    engine = LLM(tiny, max_model_len=128, block_size=4)
+    alone = LLM(tiny, max_model_len=128, enable_prefix_caching=False)
+    prompts = [[i % 3] * 9 + [i % 2] * 9 for i in range(12)]
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    assert tokens_of(serve(engine, prompts, params)) == tokens_of(serve(alone, prompts, params))
+    assert engine.scheduler.cached_tokens > 0
+
+
+def test_ends_eos_stop_ids_and_limits(tiny, llm):
+    prompt = some_prompts(8)[0]
+    free = serve(llm, [prompt], SamplingParams(seed=3, max_tokens=40, ignore_eos=True))[0].outputs[0]
+    assert free.finish_reason == "length" and len(free.token_ids) == 40 and free.stop_reason is None
+    at = next(i for i in range(3, 40) if free.token_ids.index(free.token_ids[i]) == i)
+    for i in (0, at):
+        one = serve(llm, [prompt], SamplingParams(seed=3, max_tokens=40, ignore_eos=True,
+                                                stop_token_ids=[free.token_ids[i], 255]))[0].outputs[0]
+        i = free.token_ids.index(free.token_ids[i])
+        assert one.token_ids == free.token_ids[:i + 1] and one.finish_reason == "stop"
+        assert one.stop_reason == free.token_ids[i] and len(one.logprobs) == len(one.versions) == i + 1
+        assert one.text == llm.tokenizer.decode(one.token_ids[:-1], skip_special_tokens=True)
+    for count in (0, 1):
+        one = serve(llm, [prompt], SamplingParams(seed=3, max_tokens=count))[0].outputs[0]
+        assert one.token_ids == free.token_ids[:count] and one.finish_reason == "length"
+    most = serve(llm, [prompt], SamplingParams(seed=3, max_tokens=None, ignore_eos=True))[0].outputs[0]
+    assert len(prompt) + len(most.token_ids) == 256 and most.token_ids[:40] == free.token_ids
+
+
+def test_every_end_of_sequence_token_of_the_model_counts(tiny, tmp_path):
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    prompt = some_prompts(9)[0]
+    free = serve(LLM(tiny, max_model_len=128), [prompt], SamplingParams(seed=3, max_tokens=30, ignore_eos=True))
+    free = free[0]["token_ids"]
+    ends = free[7], free[12]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(ends)}))
+    engine = LLM(str(tmp_path), max_model_len=128)
+    one = serve(engine, [prompt], SamplingParams(seed=3, max_tokens=30))[0].outputs[0]
+    first = min(map(free.index, ends))
+    assert one.token_ids == free[:first + 1] and one.finish_reason == "stop" and one.stop_reason is None
+    assert serve(engine, [prompt], SamplingParams(seed=3, max_tokens=30, ignore_eos=True))[0]["token_ids"] == free
+
+
+def test_stop_strings_are_found_across_tokens_and_left_out(llm):
+    rng = random.Random(0)
+    for case in range(12):
+        prompt, params = some_prompts(case)[0], dict(seed=case, max_tokens=40, ignore_eos=True, temperature=1.0)
+        free = serve(llm, [prompt], SamplingParams(**params))[0].outputs[0]
+        good = [i for i in range(len(free.text) - 3) if "\ufffd" not in free.text[i:i + 3]]
+        if not good:
+            continue
+        at = rng.choice(good)
+        stops = [free.text[at:at + rng.randint(1, 3)], "never seen"]
+        at = free.text.index(stops[0])
+        outputs = serve(llm, [prompt] * 2, [SamplingParams(**params, stop=stop) for stop in (stops, stops[0])])
+        one = outputs[0].outputs[0]
+        assert one.text == outputs[1]["text"] == free.text[:at]
+        assert one.finish_reason == "stop" and one.stop_reason == stops[0]
+        assert one.token_ids == free.token_ids[:len(one.token_ids)]
+        assert stops[0] in llm.tokenizer.decode(one.token_ids, skip_special_tokens=True)
+        assert stops[0] not in llm.tokenizer.decode(one.token_ids[:-1], skip_special_tokens=True)
+        assert "".join(llm.stream(prompt, SamplingParams(**params, stop=stops))) == one.text
+
+
+def test_streamed_pieces_make_the_whole_and_no_broken_characters(llm):
+    whole_characters = 0
+    for case in range(9):
+        params = SamplingParams(seed=case, max_tokens=60, ignore_eos=case % 2 == 0, stop=["zz", "q"][:case % 3])
+        pieces = list(llm.stream("streamed: é€😀", params))
+        whole = serve(llm, ["streamed: é€😀"], params)[0]
+        assert "".join(pieces) == whole["text"] and all(pieces)
+        whole_characters += sum(len(c.encode()) > 1 and c != "\ufffd" for c in whole["text"])
+    assert whole_characters > 5
+    text = E.Text(llm.tokenizer, [])
+    ids, shown = llm.tokenizer.encode("naïve 日本 😀!"), []
+    for i in range(1, len(ids) + 1):
+        text.push(ids[:i])
+        shown.append(text.piece())
+    assert "".join(shown) == "naïve 日本 😀!" and not any("\ufffd" in piece for piece in shown)
+    assert not any(len(piece) > 1 for piece in shown), "each character as soon as it is whole"
+
+
+def test_a_stream_that_is_left_ends_its_request(llm):
+    pieces = llm.stream("hello", SamplingParams(max_tokens=200, ignore_eos=True, seed=0))
+    next(pieces)
+    assert llm.has_unfinished()
+    pieces.close()
+    assert not llm.has_unfinished() and len(llm.scheduler.blocks.free) == llm.scheduler.blocks.count
+
+
+def test_n_samples_come_in_order_with_seeds_of_their_own(llm):
+    prompt = some_prompts(11)[0]
+    five = serve(llm, [prompt], SamplingParams(n=5, seed=4, **FULL))[0]
+    assert [one.index for one in five.outputs] == list(range(5))
+    assert len({tuple(one.token_ids) for one in five.outputs}) == 5
+    two, one, other = serve(llm, [prompt] * 3, [SamplingParams(n=2, seed=4, **FULL), SamplingParams(seed=4, **FULL),
+                                             SamplingParams(n=2, seed=5, **FULL)])
+    assert tokens_of([two])[0] == tokens_of([five])[0][:2] and tokens_of([one])[0] == tokens_of([five])[0][:1]
+    assert not {tuple(x) for x in tokens_of([other])[0]} & {tuple(x) for x in tokens_of([five])[0]}
+
+
+def test_without_a_seed_every_request_has_another_and_the_engine_s_seed_decides(tiny):
+    prompt = [1, 2, 3]
+    first, second, other = (LLM(tiny, max_model_len=64, seed=seed) for seed in (0, 0, 1))
+    a, b = serve(first, [prompt] * 4, SamplingParams(**FULL)), serve(second, [prompt] * 4, SamplingParams(**FULL))
+    assert tokens_of(a) == tokens_of(b) and len({tuple(x[0]) for x in tokens_of(a)}) == 4
+    assert tokens_of(a) != tokens_of(serve(other, [prompt] * 4, SamplingParams(**FULL)))
+
+
+def test_prompts_come_as_text_ids_or_dicts_and_outputs_read_either_way(llm):
+    ids = llm.tokenizer.encode("one two")
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    outputs = serve(llm, ["one two", ids, {"prompt": "one two"}, {"prompt_token_ids": ids}], greedy)
+    outputs += serve(llm, "one two", greedy) + serve(llm, ids, greedy) + serve(llm, {"prompt_token_ids": ids}, [greedy])
+    assert len(outputs) == 7 and len({tuple(o["token_ids"]) for o in outputs}) == 1
+    assert outputs[0].prompt == "one two" and outputs[1].prompt is None and outputs[0].finished
+    assert all(o.prompt_token_ids == ids and o["text"] == o.outputs[0].text for o in outputs)
+    assert len({o.request_id for o in outputs}) == 7
+    assert llm.generate([], greedy) == []
+
+
+def test_chat_uses_the_models_template(llm):
+    talk = [{"role": "user", "content": "2 + 2?"}]
+    greedy = SamplingParams(temperature=0, max_tokens=5)
+    text = llm.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+    want = serve(llm, text, greedy)[0]
+    one, = llm.chat(talk, greedy, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
+    many = llm.chat([talk, talk], greedy, use_tqdm=False)
+    assert one.prompt == text and one.prompt_token_ids == llm.tokenizer.encode(text, add_special_tokens=False)
+    assert tokens_of([one, *many]) == tokens_of([want]) * 3
+
+
+@pytest.mark.parametrize("prompt, params, says", [
+    ([], {}, "empty"), ("", {}, "empty"), ([1] * 256, {}, "max_model_len"), ([1, 259], {}, "259"), ([-1, 3], {}, "-1"),
+    ([1.5, 2], {}, "token ids"), (None, {}, "prompt"), ({}, {}, "prompt"), (["a", 3], {}, "prompt"),
+    ([1] * 100, {"max_tokens": 100}, "num_gpu_blocks_override"), ([1], {"n": 0}, "n = 0"), ([1], {"n": 1.5}, "n = 1.5"),
+    ([1], {"temperature": -0.1}, "temperature"), ([1], {"temperature": math.nan}, "temperature"),
+    ([1], {"top_p": 0}, "top_p"), ([1], {"top_p": 1.1}, "top_p"), ([1], {"top_k": -2}, "top_k"),
+    ([1], {"max_tokens": -1}, "max_tokens"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [3]}, "stop"),
+    ([1], {"stop_token_ids": ["a"]}, "stop_token_ids"), ([1], {"seed": "x"}, "seed"), ([1], {"logprobs": 5}, "logprob"),
+    ([1], {"temperature": "hot"}, "temperature"), ([1], {"max_tokens": "all"}, "max_tokens")])
+def test_bad_requests_are_refused_before_anything_changes(tiny, small_pool, prompt, params, says):
+    with pytest.raises(ValueError, match=says):
+        small_pool.generate([[1, 2], prompt], SamplingParams(**params), use_tqdm=False)
+    assert not small_pool.has_unfinished() and not small_pool.scheduler.waiting
+    with pytest.raises(ValueError, match=says):
+        small_pool.add_request(prompt, SamplingParams(**params))
+    assert len(serve(small_pool, [[1, 2]], SamplingParams(max_tokens=3, ignore_eos=True))[0]["token_ids"]) == 3
+
+
+@pytest.fixture(scope="module")
+def small_pool(tiny):
+    return LLM(tiny, max_model_len=256, num_gpu_blocks_override=8)
+
+
+def test_bad_settings_are_refused_in_words(tiny, tmp_path):
+    for wrong, says in ((dict(max_num_seqs=0), "max_num_seqs"), (dict(max_model_len=10**6), "positions up to"),
+                        (dict(dtype="int7"), "dtype"), (dict(tensor_parallel_size=0), "tp"),
+                        (dict(tensor_parallel_size=2), "torchrun")):
+        with pytest.raises(ValueError, match=says):
+            LLM(tiny, **wrong)
+    with pytest.raises(TypeError, match="swap"):
+        LLM(tiny, swap=3)
+    with pytest.raises(FileNotFoundError):
+        LLM(str(tmp_path / "nowhere"))
+    engine = LLM(tiny, max_model_len=64)
+    with pytest.raises(ValueError, match="3 prompts and 2"):
+        engine.generate([[1]] * 3, [SamplingParams()] * 2)
+    with pytest.raises(ValueError, match="SamplingParams"):
+        engine.generate([[1]], {"temperature": 1})
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_exception_in_the_middle_leaves_an_engine_that_works(tiny, overlap, monkeypatch):
+    engine = LLM(tiny, max_model_len=128, max_num_seqs=4, async_scheduling=overlap)
+    prompts, params = some_prompts(3, 9, 40), SamplingParams(seed=1, **FULL)
+    others = [[250] + prompt * 2 for prompt in prompts]
+    want, others_want = (tokens_of(serve(LLM(tiny, max_model_len=128), x, params)) for x in (prompts, others))
+    bystander = engine.add_request(prompts[0], params)
+    engine.step()
+    for where, when in (("_forward", 1), ("launch", 3), ("_fill", 5)):
+        honest, left = getattr(E.Runner, where), [when]
+
+        def fails(*args, honest=honest, left=left, **kw):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return honest(*args, **kw)
+
+        monkeypatch.setattr(E.Runner, where, fails)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(others, params, use_tqdm=False)
+        monkeypatch.setattr(E.Runner, where, honest)
+        check(engine.scheduler)
+        assert list(engine.requests) == [bystander], "the requests of generate are gone, the other one is not"
+    while engine.has_unfinished():
+        outputs = engine.step()
+    assert tokens_of(outputs) == want[:1]
+    assert tokens_of(serve(engine, prompts + others, params)) == want + others_want, "a page that was never filled"
+
+
+def perturbed(folder, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return {name: value + 0.1 * torch.randn(value.shape, generator=rng) for name, value in
+            P.read_folder(Path(folder))}
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_new_weights_reach_every_later_token_and_no_stale_page_survives(tiny, tmp_path, overlap):
+    settings = dict(max_model_len=128, max_num_seqs=4, block_size=4, async_scheduling=overlap)
+    new = perturbed(tiny, 1)
+    updated, engine = LLM(tiny, **settings), LLM(tiny, **settings)
+    updated.update_weights(new)
+    prompts, params = some_prompts(6, 7, 50), SamplingParams(seed=2, **FULL)
+    old_tokens, new_tokens = tokens_of(serve(engine, prompts, params)), tokens_of(serve(updated, prompts, params))
+    assert all(a != b for a, b in zip(old_tokens, new_tokens))
+    pointers = [p.data_ptr() for p in engine.model.parameters()]
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    outputs = {}
+    for _ in range(9):
+        outputs |= {o.request_id: o for o in engine.step()}
+    engine.update_weights(new, version=7)
+    assert engine.weight_version == 7 and pointers == [p.data_ptr() for p in engine.model.parameters()]
+    while engine.has_unfinished():
+        outputs |= {o.request_id: o for o in engine.step()}
+        check(engine.scheduler)
+    crossed = 0
+    for prompt, i in zip(prompts, ids):
+        one = outputs[i].outputs[0]
+        old = one.versions.count(0)
+        assert one.versions == [0] * old + [7] * (20 - old)
+        crossed += 0 < old < 20
+        # under new weights it goes on as if its old tokens had been a prompt, and reports what the new model thinks
+        text = prompt + one.token_ids
+        assert np.allclose(updated.score([text])[0][len(prompt) + old:], one.logprobs[old:], atol=2e-5)
+    assert crossed >= 3
+    assert tokens_of(serve(engine, prompts, params)) == new_tokens, "a page of the old weights was found"
+
+
+def test_weights_come_from_a_state_dict_a_folder_or_read_only_arrays(tiny, tmp_path):
+    engine, new = LLM(tiny, max_model_len=64), perturbed(tiny, 2)
+    greedy = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    old = tokens_of(serve(engine, [[1, 2, 3]], greedy))
+    engine.update_weights(new)
+    want = tokens_of(serve(engine, [[1, 2, 3]], greedy))
+    assert want != old and engine.weight_version == 1
+    engine.update_weights(tiny)
+    assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == old and engine.weight_version == 2
+    arrays = {name: value.numpy().copy() for name, value in new.items()}
+    for a in arrays.values():
+        a.flags.writeable = False
+    engine.update_weights(arrays, version=40)
+    assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == want and engine.weight_version == 40
+    for bad in ({**new, "model.norm.weight": torch.ones(3)}, {k: v for k, v in new.items() if "norm" not in k},
+                {**new, "what.is.this": torch.ones(3)}):
+        with pytest.raises(ValueError):
+            engine.update_weights(bad)
+    with pytest.raises(ValueError, match="mode"):
+        engine.update_weights(new, mode="hope")
+    with pytest.raises(FileNotFoundError):
+        engine.update_weights(str(tmp_path / "nowhere"))
+    assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == want and engine.weight_version == 40
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_new_weights_can_end_what_is_in_flight(tiny, overlap):
+    engine = LLM(tiny, max_model_len=128, max_num_seqs=3, async_scheduling=overlap)
+    prompts, params = some_prompts(6, 6, 30), SamplingParams(seed=2, n=2, **FULL)
+    want = tokens_of(serve(engine, prompts, params))
+    ids = [engine.add_request(prompt, params) for prompt in prompts]
+    outputs = {}
+    for _ in range(25):
+        outputs |= {o.request_id: o for o in engine.step()}
+    engine.update_weights(perturbed(tiny, 1), mode="abort")
+    assert not engine.requests and engine.has_unfinished()
+    outputs |= {o.request_id: o for o in engine.step()}
+    assert not engine.has_unfinished() and sorted(outputs) == sorted(ids)
+    reasons = [one.finish_reason for i in ids for one in outputs[i].outputs]
+    assert {"abort", "length"} == set(reasons)
+    for i, whole in zip(ids, want):
+        for one, tokens in zip(outputs[i].outputs, whole):
+            assert one.token_ids == tokens[:len(one.token_ids)] and set(one.versions) <= {0}
+            assert len(one.token_ids) == len(one.logprobs) == len(one.versions)
+    check(engine.scheduler)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_requests_are_aborted_in_every_state(tiny, overlap):
+    engine = LLM(tiny, max_model_len=128, max_num_seqs=2, max_num_batched_tokens=16, async_scheduling=overlap,
+                 enable_prefix_caching=False)
+    params = SamplingParams(seed=1, **FULL)
+    whole = serve(engine, [[1] * 40, [2] * 5], params)
+    states = {"waiting": 0, "in a chunk": 1, "running": 6, "over": 60}
+    for state, steps in states.items():
+        ids = [engine.add_request(prompt, params) for prompt in ([1] * 40, [2] * 5, [3] * 5)]
+        outputs = {}
+        for _ in range(steps):
+            outputs |= {o.request_id: o for o in engine.step()}
+        for i in ids:
+            engine.abort(i)
+            engine.abort(i)
+            check(engine.scheduler)
+        engine.abort("nobody")
+        outputs |= {o.request_id: o for o in engine.step()}
+        assert sorted(outputs) == sorted(ids) and not engine.has_unfinished()
+        first = outputs[ids[0]].outputs[0]
+        assert first.finish_reason == ("length" if state == "over" else "abort")
+        assert first.token_ids == whole[0]["token_ids"][:len(first.token_ids)]
+        assert (len(first.token_ids) > 0) == (state in ("running", "over"))
+        assert first.text == engine.tokenizer.decode(first.token_ids, skip_special_tokens=True)
+        assert len(engine.scheduler.blocks.free) == engine.scheduler.blocks.count
+    assert tokens_of(serve(engine, [[1] * 40, [2] * 5], params)) == tokens_of(whole)
+
+
+def test_sleep_and_wake_keep_requests_and_do_not_grow(tiny):
+    engine = LLM(tiny, max_model_len=128, max_num_seqs=4, async_scheduling=True)
+    prompts, params = some_prompts(3, 9, 40), SamplingParams(seed=1, **FULL)
+    want = dict(zip(map(str, range(9, 18)), tokens_of(serve(engine, prompts, params))))
+    for prompt in prompts:
+        engine.add_request(prompt, params)
+    outputs, sizes = {}, set()
+    for _ in range(20):
+        outputs |= {o.request_id: o for o in engine.step()}
+        engine.sleep()
+        assert engine.runner.cache is None and not engine.runner.graphs
+        with pytest.raises(ValueError, match="wake"):
+            engine.step()
+        assert engine.score([[1, 2, 3]])[0][0] == 0.0
+        engine.wake()
+        sizes.add(engine.runner.cache.nbytes)
+        outputs |= {o.request_id: o for o in engine.step()}
+        check(engine.scheduler)
+    while engine.has_unfinished():
+        outputs |= {o.request_id: o for o in engine.step()}
+    assert {i: tokens_of([o])[0] for i, o in outputs.items()} == want and len(sizes) == 1
+
+
+def test_score_does_not_depend_on_company_and_leaves_requests_alone(tiny):
+    engine = LLM(tiny, max_model_len=128, max_num_batched_tokens=50)
+    texts = some_prompts(13, 8, 60)
+    alone = [engine.score([text], 0.7)[0] for text in texts]
+    engine.add_request(texts[0], SamplingParams(max_tokens=5))
+    engine.step()
+    together = engine.score(texts, temperature=0.7)
+    assert all(np.allclose(a, b, atol=1e-5) and len(a) == len(text) for a, b, text in zip(alone, together, texts))
+    assert engine.score([]) == [] and engine.has_unfinished()
+    for bad in ([[]], [[1, 999]], [[1] * 129], ["abc", None]):
+        with pytest.raises(ValueError):
+            engine.score(bad)
+
+
+class Pretender:
+    """Stands in for the runner: its cache holds, at each slot, the whole prefix that a key is computed from, so that a
+    stale, shared or lost page is seen at the very token that reads it. The next token is a function of all before."""
+
+    def __init__(self, scheduler):
+        self.scheduler, self.cells, self.latest, self.version = scheduler, {}, {}, 0
+
+    def next(self, prefix):
+        return hash((tuple(prefix), 5)) % 11
+
+    def launch(self, batch):
+        size, texts = self.scheduler.blocks.size, []
+        for r in batch:
+            known = r.tokens[:r.computed + r.scheduled]
+            text = known if len(known) == r.computed + r.scheduled else [*known, self.latest[r.seat]]
+            texts.append(text)
+            for at in range(r.computed, len(text)):
+                cell = self.scheduler.table[r.seat, at // size], at % size
+                self.cells[cell] = self.version, hash(tuple(text[:at + 1]))
+        for r, text in zip(batch, texts):
+            for at in range(len(text)):
+                cell = self.cells[self.scheduler.table[r.seat, at // size], at % size]
+                assert cell == (self.version, hash(tuple(text[:at + 1]))), "read what another one wrote"
+            self.latest[r.seat] = self.next(text)
+        tokens = torch.tensor([self.latest[r.seat] for r in batch])
+        return E.Launch(batch, tokens, torch.zeros(len(batch)), None)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_pages_and_references_add_up_in_thousands_of_random_steps(llm, seed):
+    """The real LLM and Scheduler over a pretended device: arrivals, aborts, preemptions, updates, exceptions."""
+    rng = random.Random(seed)
+    size, overlap = rng.choice([1, 2, 4, 8]), seed % 2 == 0
+    pages, seats = rng.randint(64 // size, 100 // size), rng.randint(4, 9)
+    engine = object.__new__(LLM)
+    engine.__dict__.update(llm.__dict__, requests={}, finished={}, under_way=None, overlap=overlap, max_model_len=64)
+    engine.scheduler = E.Scheduler(E.Blocks(pages, size), np.zeros([seats, -(-64 // size)], np.int32),
+                                   [1, 5, 16, 40, 64, 100][seed])
+    engine.runner = Pretender(engine.scheduler)
+    stems, asked, got, aborted = [[rng.randrange(3) for _ in range(40)] for _ in range(3)], {}, {}, set()
+    for _ in range(2000):
+        if rng.random() < 0.4 and len(engine.requests) < 20:
+            prompt = rng.choice(stems)[:rng.randint(1, 40)] + [rng.randrange(3) for _ in range(rng.randint(0, 5))]
+            params = SamplingParams(n=rng.choice([1, 1, 1, 4]), max_tokens=rng.randint(0, min(18, size * pages - 46)),
+                                    stop_token_ids=[rng.randrange(40)], ignore_eos=True)
+            asked[engine.add_request(prompt, params)] = prompt, params
+        if rng.random() < 0.02 and engine.requests:
+            aborted.add(rng.choice(list(engine.requests)))
+            engine.abort(max(aborted, key=int))
+        if rng.random() < 0.01:
+            engine._settle()
+            engine.scheduler.retract()
+            engine.runner.version += 1
+        if rng.random() < 0.01 and engine.requests:
+            engine.runner.launch, honest = None, engine.runner.launch       # not to be called: a TypeError
+            with contextlib.suppress(TypeError):
+                got |= {output.request_id: output for output in engine.step()}
+            engine.runner.launch = honest
+        for output in engine.step():
+            assert output.request_id not in got
+            got[output.request_id] = output
+        check(engine.scheduler)
+    while engine.has_unfinished():
+        got |= {output.request_id: output for output in engine.step()}
+        check(engine.scheduler)
+    assert len(engine.scheduler.blocks.free) == pages and sorted(got) == sorted(asked) and len(asked) > 40
+    assert engine.scheduler.cached_tokens > 100 and aborted and (engine.scheduler.preemptions > 10 or seed == 0)
+    for i, (prompt, params) in asked.items():
+        for one in got[i].outputs:
+            want = []
+            while len(want) < params.max_tokens and (not want or want[-1] not in params.stop_token_ids):
+                want.append(engine.runner.next(prompt + want))
+            if i in aborted and one.finish_reason == "abort":
+                want = want[:len(one.token_ids)]
+            assert one.token_ids == want
+
+
+def test_empty_rows_at_the_end_of_a_step_change_nothing(tiny):
+    """As a CUDA graph has them, whose sizes come from a list."""
+    engine = LLM(tiny, max_model_len=64, max_num_seqs=8, block_size=4)
+    for i in range(5):
+        engine.add_request([i + 1] * (3 * i + 2), SamplingParams(seed=i, **FULL))
+    for _ in range(3):
+        engine.step()
+    runner, batch = engine.runner, engine.scheduler.schedule()
+    assert [r.scheduled for r in batch] == [1] * 5
+    results = []
+    for rows in (5, 8):
+        x = E._inputs(rows, rows, runner.width, lambda n: torch.full([n], 255, dtype=torch.uint8))
+        runner._fill(x, batch)
+        results.append([y[:5].tolist() for y in runner._forward(x, rows, None)])
+    assert results[0][0] == results[1][0] and np.allclose(results[0][1], results[1][1], atol=1e-5)
+    for seats in (1, 2, 3, 8, 9, 16, 33, 100, 256):
+        sizes = LLM(tiny, max_model_len=64, max_num_seqs=seats).runner.sizes
+        assert sizes[-1] == seats and sizes == sorted(set(sizes)) and sizes[0] == 1
+
+
+WITH_KERNELS = """
+import json, sys, torch
+torch.set_num_threads(1)
+from engine import LLM, SamplingParams
+llm = LLM(sys.argv[1], max_model_len=64, max_num_seqs=4, block_size=8, max_num_batched_tokens=16, async_scheduling=True)
+params = [SamplingParams(temperature=t, top_k=k, seed=3, max_tokens=4, ignore_eos=True)
+          for t, k in ((0, -1), (1, -1), (1, 5))]
+outputs = llm.generate([[1, 2, 3], list(range(20)), [7] * 9], params, use_tqdm=False)
+print(json.dumps([[o["token_ids"] for o in outputs], [o["logprobs"] for o in outputs], llm.score([[1, 2, 3, 4]])]))
+"""
+
+
+def test_the_kernels_give_what_their_references_give(tiny):
+    """The whole engine on interpreted Triton: shapes, strides and integer types are what the kernels want."""
+    found = []
+    for interpret in ("0", "1"):
+        done = subprocess.run([sys.executable, "-c", WITH_KERNELS, tiny], cwd=HERE, capture_output=True, text=True,
+                              timeout=300, env=os.environ | {"TRITON_INTERPRET": interpret})
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    assert found[0][0] == found[1][0]
+    assert all(np.allclose(a, b, atol=1e-4) for part in (1, 2) for a, b in zip(found[0][part], found[1][part]))
+
+
+def test_engine_demo_runs_and_the_terminal_answers(tiny):
+    run = [sys.executable, str(HERE / "engine.py")]
+    settings = dict(capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    demo = subprocess.run(run, **settings)
+    assert demo.returncode == 0 and "the same tokens" in demo.stdout and "transformers" in demo.stdout, demo.stderr
+    answer = subprocess.run([*run, "--model", tiny, "--temperature", "0", "--max_tokens", "20", "2 + 2?"], **settings)
+    llm = LLM(tiny, max_num_seqs=1)
+    want, = llm.chat([{"role": "user", "content": "2 + 2?"}], SamplingParams(temperature=0, max_tokens=20), False)
+    assert answer.returncode == 0 and answer.stdout.strip() == want["text"].strip(), answer.stderr
+    wrong = subprocess.run([*run, "--tempreature", "0"], **settings)
+    assert wrong.returncode != 0 and "tempreature" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_three_times_as_fast_as_transformers_on_uneven_requests(tmp_path):
+    folder = str(P.tiny_model(tmp_path))
+    llm = LLM(folder, max_model_len=512)
+    llm.generate(*E.workload(64, seed=1), use_tqdm=False)
+    prompts, params = E.workload(64)
+    ours = E.timed(lambda: llm.generate(prompts, params, use_tqdm=False))
+    assert E.theirs(folder, prompts, params)[1] >= 3 * ours
+
+
+@gpu
+def test_graphs_and_overlap_give_the_tokens_of_eager_steps_at_every_batch_size(tiny):
+    want = None
+    for eager, overlap in ((True, False), (False, False), (False, True)):
+        engine = LLM(tiny, max_model_len=256, max_num_seqs=21, enforce_eager=eager, async_scheduling=overlap,
+                     gpu_memory_utilization=0.3)
+        got = []
+        for batch in range(1, 22):
+            params = [SamplingParams(seed=i, temperature=i % 3 / 2, max_tokens=6 + i, ignore_eos=True)
+                      for i in range(batch)]
+            got.append(tokens_of(serve(engine, some_prompts(batch, batch), params)))
+        want = want or got
+        assert got == want and sorted(engine.runner.graphs) == ([] if eager else engine.runner.sizes)
+
+
+@gpu
+def test_bf16_on_the_gpu_differs_from_fp32_only_where_the_best_two_are_close(tiny):
+    exact, engine = LLM(tiny, max_model_len=256, dtype="float32", device="cpu"), LLM(tiny, max_model_len=256)
+    prompts, greedy = some_prompts(5, 30, 100), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    for prompt, output in zip(prompts, serve(engine, prompts, greedy)):
+        text = prompt + output["token_ids"]
+        best = exact.score([text])[0]
+        ends = torch.tensor([0, len(text)], dtype=torch.int32)
+        hidden = exact.model(torch.tensor(text), torch.arange(len(text)), P.packed(ends, len(text)))
+        top = exact.model.logits(hidden).log_softmax(-1).amax(-1)
+        assert max(top[i - 1].item() - best[i] for i in range(len(prompt), len(text))) < 0.1
+
+
+@gpu
+def test_sleep_gives_the_memory_back_twenty_times(tiny):
+    engine = LLM(tiny, max_model_len=256, gpu_memory_utilization=0.5)
+    awake, asleep = [], []
+    for _ in range(20):
+        serve(engine, some_prompts(1), SamplingParams(**FULL))
+        awake.append(torch.cuda.memory_reserved())
+        engine.sleep()
+        asleep.append(torch.cuda.memory_reserved())
+        engine.wake()
+    assert max(awake) <= awake[0] * 1.05 and max(asleep) <= asleep[0] * 1.05 and asleep[0] < awake[0] / 2
+
+
+def generate_split(folder, tp, prompts, params):
+    calls, outputs = [], {}
+    engine = LLM(folder, tensor_parallel_size=tp, dtype="float64", max_model_len=128, max_num_seqs=5, device="cpu",
+                 num_gpu_blocks_override=30, block_size=4, max_num_batched_tokens=32, async_scheduling=True)
+    for name in [x for x in dir(dist) if callable(getattr(dist, x)) and x.startswith((
+            "all_", "broadcast", "send", "recv", "isend", "irecv", "gather", "scatter", "reduce", "barrier", "batch"))]:
+        honest = getattr(dist, name)
+        setattr(dist, name, lambda *a, name=name, honest=honest, **kw: calls.append(name) or honest(*a, **kw))
+    for prompt, one in zip(prompts, params):
+        engine.add_request(prompt, one)
+    while engine.has_unfinished():
+        calls.append("step")
+        outputs |= {o.request_id: o for o in engine.step()}
+        check(engine.scheduler)
+    ordered = [outputs[i] for i in sorted(outputs, key=int)]
+    score = engine.score([[1, 2, 3, 4]])
+    return tokens_of(ordered), [one.logprobs for o in ordered for one in o.outputs], calls, score, \
+        engine.scheduler.preemptions
+
+
+def test_two_ranks_generate_as_one_and_send_nothing_but_what_layers_need(tiny):
+    prompts = some_prompts(21, 12, 40)
+    params = [SamplingParams(seed=i, temperature=0.9, n=1 + i % 2, max_tokens=5 + i, ignore_eos=i % 2 == 0)
+              for i in range(12)]
+    (want, want_logprobs, _, want_score, preemptions), = on_ranks(1, generate_split, tiny, 1, prompts, params)
+    for got, logprobs, calls, score, _ in on_ranks(2, generate_split, tiny, 2, prompts, params):
+        assert got == want and preemptions > 0
+        assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(logprobs, want_logprobs))
+        assert np.allclose(score, want_score, atol=1e-6)
+        steps = [x.split() for x in " ".join(calls).split("step")[1:]]
+        kinds = {tuple(sorted(step)) for step in steps if step}
+        assert len(kinds) <= 2 and all(len(step) <= 2 * 2 + 2 for step in steps[:-1]), kinds
 
 
 # --- the house -------------------------------------------------------------------------------------------------------
