@@ -569,9 +569,10 @@ def _turn(x, weight, out, token, x_token, x_head, c, s, eps, HEADS: constexpr, B
 @triton.jit
 def _rotary(q, k, q_norm, k_norm, q_out, k_out, cos, sin, positions, q_token, q_head, k_token, k_head, table_stride,
             eps, Q: constexpr, BQ: constexpr, K: constexpr, BK: constexpr, HALF: constexpr, WIDTH: constexpr,
-            NORM: constexpr):
+            NORM: constexpr, SIGN: constexpr):
     token = tl.program_id(0).to(tl.int64)
     c, s = _angle(cos, sin, positions, token, table_stride, HALF, WIDTH)
+    s *= SIGN
     _turn(q, q_norm, q_out, token, q_token, q_head, c, s, eps, Q, BQ, HALF, WIDTH, NORM)
     _turn(k, k_norm, k_out, token, k_token, k_head, c, s, eps, K, BK, HALF, WIDTH, NORM)
 
@@ -611,12 +612,11 @@ def _rotary_backward(dq, dk, dv, q, k, q_norm, k_norm, dxq, dxk, dxv, dweights, 
         qa, qb = qa + a, qb + b
         a, b = _turn_back(dk, k, k_norm, dxk, token, k_token, k_head, dk_token, c, s, eps, K, BK, HALF, WIDTH, NORM)
         ka, kb = ka + a, kb + b
-        if dv is not None:
-            head = tl.arange(0, BK)[:, None]
-            a, b, mask = _pairs(dv, (token * K + head) * 2 * HALF + i[None, :], K, BK, HALF, WIDTH)
-            to = token * dk_token + head * 2 * HALF + i[None, :]
-            tl.store(dxv + to, _narrow(a, dxv.dtype.element_ty), mask=mask)
-            tl.store(dxv + to + HALF, _narrow(b, dxv.dtype.element_ty), mask=mask)
+        head = tl.arange(0, BK)[:, None]
+        a, b, mask = _pairs(dv, (token * K + head) * 2 * HALF + i[None, :], K, BK, HALF, WIDTH)
+        to = token * dk_token + head * 2 * HALF + i[None, :]
+        tl.store(dxv + to, _narrow(a, dxv.dtype.element_ty), mask=mask)
+        tl.store(dxv + to + HALF, _narrow(b, dxv.dtype.element_ty), mask=mask)
     if NORM:
         at = dweights + tl.program_id(0) * 4 * HALF + i
         tl.store(at, qa, mask=i < HALF)
@@ -624,37 +624,40 @@ def _rotary_backward(dq, dk, dv, q, k, q_norm, k_norm, dxq, dxk, dxv, dweights, 
         tl.store(at + 2 * HALF, ka, mask=i < HALF)
         tl.store(at + 3 * HALF, kb, mask=i < HALF)
 
+def _launch_rotary(q, k, q_norm, k_norm, cos, sin, positions, eps, sign):
+    q, k, outs, half = _dense(q), _dense(k), (q.new_empty(q.shape), k.new_empty(k.shape)), q.shape[2] // 2
+    sizes = q.shape[1], _power_of_two(q.shape[1]), k.shape[1], _power_of_two(k.shape[1]), half, _power_of_two(half)
+    _rotary[(len(q),)](q, k, q_norm, k_norm, *outs, cos, sin, positions, *q.stride()[:2], *k.stride()[:2],
+                       cos.stride(0), eps, *sizes, q_norm is not None, sign, num_warps=2)
+    return outs, sizes
+
 class _Rotary(torch.autograd.Function):
     """x is q; or, without k, q, k and v side by side, whose gradients then need not be put together."""
     @staticmethod
     def forward(ctx, x, k, q_norm, k_norm, cos, sin, positions, eps, kv_heads):
         merged, x = k is None, _dense(x)
         q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1) if merged else (x, _dense(k), None)
-        heads, half = q.shape[1], q.shape[2] // 2
-        outs = q.new_empty(q.shape), k.new_empty(k.shape)
-        sizes = heads, _power_of_two(heads), kv_heads, _power_of_two(kv_heads), half, _power_of_two(half)
-        _rotary[(len(q),)](q, k, q_norm, k_norm, *outs, cos, sin, positions, *q.stride()[:2], *k.stride()[:2],
-                           cos.stride(0), eps, *sizes, q_norm is not None, num_warps=2)
-        ctx.save_for_backward(x, None if merged else k, q_norm, k_norm, cos, sin, positions)
+        outs, sizes = _launch_rotary(q, k, q_norm, k_norm, cos, sin, positions, eps, 1)
+        ctx.save_for_backward(x if merged else None, q_norm, k_norm, cos, sin, positions)
         ctx.settings = eps, sizes
         return outs + (v,) if merged else outs
 
     @staticmethod
     def backward(ctx, dq, dk, dv=None):
-        (x, k, q_norm, k_norm, cos, sin, positions), (eps, sizes) = ctx.saved_tensors, ctx.settings
+        (x, q_norm, k_norm, cos, sin, positions), (eps, sizes) = ctx.saved_tensors, ctx.settings
         heads, kv_heads, norm = sizes[0], sizes[2], q_norm is not None
-        dx, dxk, q = x.new_empty(x.shape), None if k is None else k.new_empty(k.shape), x
-        parts = dx, dxk, None
-        if k is None:
-            (q, k, _), parts = (y.split([heads, kv_heads, kv_heads], 1) for y in (x, dx))
+        if x is None:
+            return *_launch_rotary(dq, dk, None, None, cos, sin, positions, eps, -1)[0], *[None] * 7
+        dx = x.new_empty(x.shape)
+        (q, k, _), parts = (y.split([heads, kv_heads, kv_heads], 1) for y in (x, dx))
         programs = min(len(x), 16 * _processors(x))
         dweights = x.new_empty(programs if norm else 0, 2, x.shape[2], dtype=torch.float32)
         _rotary_backward[(programs,)](
-            *(None if y is None else y.contiguous() for y in (dq, dk, dv)), q, k, q_norm, k_norm, *parts, dweights, cos,
-            sin, positions, *q.stride()[:2], *k.stride()[:2], parts[0].stride(0), parts[1].stride(0), cos.stride(0),
-            eps, len(x), *sizes, norm, num_warps=1)
+            *(y.contiguous() for y in (dq, dk, dv)), q, k, q_norm, k_norm, *parts, dweights, cos, sin, positions,
+            *q.stride()[:2], *k.stride()[:2], parts[0].stride(0), parts[1].stride(0), cos.stride(0), eps, len(x),
+            *sizes, norm, num_warps=1)
         dnorms = dweights.sum(0).to(q_norm.dtype) if norm else (None, None)
-        return dx, dxk, *dnorms, *[None] * 5
+        return dx, None, *dnorms, *[None] * 5
 
 def rotary_reference(q, k, cos, sin, positions):
     c, s = cos[positions][:, None], sin[positions][:, None]                                     # [tokens, 1, dim / 2]
