@@ -13,6 +13,8 @@ usage: bash run.sh [STAGE]
   kernels     the demo of kernels.py: every kernel against its twin; on a GPU, how fast they are
   parallel    the demo of parallel.py: a tiny Qwen3 over tp=2 x pp=2 processes against one; on a GPU, the speed
   engine      the demo of engine.py: a paged generator; on a GPU, how fast it is
+  evaluate    the demo of evaluate.py: problems, answers, grades, scores
+  sft         the demo of sft.py: a tiny model learns sums, then preferences
   test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
   setup       only install what the other stages need
   help        this text
@@ -111,7 +113,7 @@ case "${1:-pipeline}" in
         stage setup setup test
         run_tests "$@"
         ;;
-    arrowlite | actors | kernels | engine)
+    arrowlite | actors | kernels | engine | evaluate | sft)
         stage setup setup
         stage "$1" python "$1.py"
         ;;
@@ -126,6 +128,8 @@ case "${1:-pipeline}" in
         stage kernels python kernels.py
         stage parallel run_parallel
         stage engine python engine.py
+        stage evaluate python evaluate.py
+        stage sft python sft.py
         ;;
     *)
         echo "run.sh: there is no stage '$1'" >&2

@@ -7,9 +7,11 @@ import asyncio
 import contextlib
 import ctypes
 import datetime as dt
+import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -18,6 +20,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import struct
@@ -43,8 +46,10 @@ import torch.nn.functional as F
 import actors as small_ray
 import arrowlite as al
 import engine as E
+import evaluate as ev
 import kernels as K
 import parallel as P
+import sft
 from engine import LLM, SamplingParams
 
 HERE = Path(__file__).parent
@@ -4758,6 +4763,1084 @@ def test_two_ranks_generate_as_one_and_send_nothing_but_what_layers_need(tiny):
         steps = [x.split() for x in " ".join(calls).split("step")[1:]]
         kinds = {tuple(sorted(step)) for step in steps if step}
         assert len(kinds) <= 2 and all(len(step) <= 2 * 2 + 2 for step in steps[:-1]), kinds
+
+
+# --- sft.py ----------------------------------------------------------------------------------------------------------
+
+SHARED = HERE.parent / "shared"
+GSM8K = SHARED / "data" / "gsm8k_train.jsonl"
+needs_data = pytest.mark.skipif(not GSM8K.exists(), reason="needs ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def qwen3_tokenizer(tmp_path_factory):
+    """The real one, 151,669 tokens, with its template."""
+    from transformers import AutoTokenizer
+    script, folder = SHARED / "tools" / "get_qwen3_tokenizer.sh", tmp_path_factory.mktemp("qwen3")
+    if not script.exists() or subprocess.run(["bash", script, folder], capture_output=True, timeout=120).returncode:
+        pytest.skip("needs ../shared/tools and npm")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    from transformers import AutoTokenizer
+    folder = Path(tempfile.gettempdir(), "smollm2")
+    if not folder.exists():
+        pytest.skip(f"needs python ../shared/tools/get_smollm2.py {folder}")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def lean(tmp_path_factory):
+    """A model directory small enough for tests, with a tokenizer of bytes."""
+    return str(P.tiny_model(tmp_path_factory.mktemp("lean")))
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def talk(*turns):
+    """A conversation, the user first."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def check_mask(tokenizer, messages, pieces):
+    """`pieces`: the conversation as it has to be written, the assistant's words in lists."""
+    (ids, mask), = sft.Chat(tokenizer).encode([sft.Chat(tokenizer).pieces(messages)])
+    parts = [(piece[0], 1) if isinstance(piece, list) else (piece, 0) for piece in pieces]
+    tokens = [(t, learned) for text, learned in parts for t in tokenizer.encode(text, add_special_tokens=False)]
+    assert list(zip(ids.tolist(), mask.tolist())) == tokens
+    tidy = [message | {"content": message["content"].strip()} for message in messages]
+    assert ids.tolist() == tokenizer.apply_chat_template(tidy, return_dict=False)       # nothing that it would not say
+
+
+def test_the_mask_is_the_assistants_tokens_and_the_end_of_turn_in_qwen3(qwen3_tokenizer):
+    user, head, no_thoughts = "<|im_start|>user\n", "<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+    end = "<|im_end|>"
+    check_mask(qwen3_tokenizer, talk("What is 1+1?", "It is $2$.\n\n\\boxed{2}"),
+               [f"{user}What is 1+1?{end}\n{head}{no_thoughts}", [f"It is $2$.\n\n\\boxed{{2}}{end}"], "\n"])
+    check_mask(qwen3_tokenizer, [{"role": "system", "content": "Be brief."}, *talk("a", "日本 😀 b", "c", "d e")],
+               [f"<|im_start|>system\nBe brief.{end}\n{user}a{end}\n{head}", [f"日本 😀 b{end}"],
+                f"\n{user}c{end}\n{head}{no_thoughts}", [f"d e{end}"], "\n"])
+    check_mask(qwen3_tokenizer, talk("a", "<think>\nhm\n</think>\n\nb"),
+               [f"{user}a{end}\n{head}", [f"<think>\nhm\n</think>\n\nb{end}"], "\n"])
+
+
+def test_the_mask_is_the_assistants_tokens_and_the_end_of_turn_in_smollm2(smollm2_tokenizer):
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    check_mask(smollm2_tokenizer, talk("What is 1+1?", "\n It is $2$.\n\n12", "and 2+2?", "4\n"),
+               [f"{system}<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n",
+                ["It is $2$.\n\n12<|im_end|>"],
+                "\n<|im_start|>user\nand 2+2?<|im_end|>\n<|im_start|>assistant\n", ["4<|im_end|>"], "\n"])
+
+
+@needs_data
+@pytest.mark.parametrize("which", ["qwen3_tokenizer", "smollm2_tokenizer"])
+def test_the_mask_holds_on_every_row_of_gsm8k(which, request):
+    tokenizer = request.getfixturevalue(which)
+    chat, rows = sft.Chat(tokenizer), [json.loads(line) for line in GSM8K.read_text().splitlines()[::10]]
+    talks = [sft.conversations(row)[""] for row in rows]
+    for messages, (ids, mask) in zip(talks, chat.encode([chat.pieces(messages) for messages in talks])):
+        assert ids.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
+        assert tokenizer.decode(ids[mask == 1]) == messages[1]["content"] + "<|im_end|>"
+        prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, enable_thinking=False,
+                                               return_dict=False)
+        assert ids[: len(prompt)].tolist() == prompt and mask[: len(prompt)].sum() == 0 and mask[len(prompt)]
+
+
+def test_every_known_shape_becomes_a_conversation():
+    ask = "\n" + sft.INSTRUCTION
+    shapes = [
+        ({"problem": "p", "solution": "s", "messages": talk("p", "s"), "source": "x"}, talk("p" + ask, "s")),
+        ({"problem": "p", "solution": "s", "level": "Level 2", "type": "Algebra"}, talk("p" + ask, "s")),
+        ({"question": "q", "answer": "a <<1+1=2>>2 b\n#### 1,000"},
+         talk("q" + ask, "a 2 b\nThe answer is \\boxed{1,000}.")),
+        ({"question": "q", "answer": "a"}, talk("q", "a")),
+        ({"question": "q", "final_answer": "7", "r1_solution_1": "hm\n</think>\n\ns", "r1_solution_2": "t"},
+         talk("q" + ask, "\n\ns")),
+        ({"messages": talk("a", "b", "c", "d")}, talk("a", "b", "c", "d")),
+        ({"prompt": "p", "response": "r"}, talk("p", "r")),
+        ({"prompt": talk("a", "b", "c"), "response": "r"}, talk("a", "b", "c", "r"))]
+    for row, messages in shapes:
+        assert sft.conversations(row) == {"": messages}
+    pairs = [{"prompt": "p", "chosen": "c", "rejected": "r"}, {"question": "p", "chosen": "c", "rejected": "r"},
+             {"prompt": talk("p"), "chosen": talk("p", "c")[1:], "rejected": talk("p", "r")[1:]},
+             {"prompt": "p", "chosen": talk("p", "c"), "rejected": talk("p", "r"), "score_chosen": 1.0}]
+    for row in pairs:
+        assert sft.conversations(row) == {"chosen_": talk("p", "c"), "rejected_": talk("p", "r")}
+    assert sft.conversations({"problem": "p", "chosen": "c", "rejected": "r"})["chosen_"] == talk("p" + ask, "c")
+
+
+def test_bad_rows_are_named_and_counted_and_fatal_only_when_most_are_bad(lean, tmp_path, capsys):
+    good = [{"prompt": f"p{i}", "response": "r"} for i in range(9)]
+    bad = ["{not json", "[1]", {"text": "x"}, {"prompt": "p", "response": " "}, {"prompt": "p", "response": 3},
+           {"prompt": "<|im_end|>", "response": "r"}, {"prompt": "p", "response": "r" * 300},
+           {"prompt": "p", "chosen": "c", "rejected": "r"}]
+    source = write_jsonl(tmp_path / "rows.jsonl", good[:1] + bad + good[1:])
+    counts = sft.prepare(source, lean, tmp_path / "f.arrow", max_tokens=300)
+    words = capsys.readouterr().err
+    assert counts["rows"] == 9 == len(al.read(tmp_path / "f.arrow")) and counts["skipped"] == 8
+    for i, reason in enumerate(["Expecting", "list", "none of the known shapes", "no text", "no text", "<|im_end|>",
+                                "tokens are more than max_tokens=300", "pairs and single answers"], 2):
+        assert re.search(rf"rows\.jsonl, line {i}: .*{re.escape(reason)}", words), (i, reason)
+    with pytest.raises(ValueError, match=r"8 of 16 rows .* line 2: "):
+        sft.prepare(write_jsonl(tmp_path / "rows.jsonl", good[:1] + bad + good[2:]), lean, tmp_path / "g.arrow",
+                    max_tokens=300)
+    assert not (tmp_path / "g.arrow").exists()
+    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+        sft.prepare(str(tmp_path / "nothing.jsonl"), lean, tmp_path / "g.arrow")
+
+
+def test_rows_stream_through_a_thousand_at_a_time(lean, tmp_path, monkeypatch):
+    import datasets
+    seen, written = [], []
+
+    def rows():
+        for i in range(3500):
+            seen.append(i)
+            assert len(seen) - sum(written) <= 1001
+            yield {"prompt": f"{i}", "response": "r"}
+
+    def tokenize(chat, group, *args, keep=sft.tokenize):
+        written.append(len(group))
+        return keep(chat, group, *args)
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows())
+    monkeypatch.setattr(sft, "tokenize", tokenize)
+    assert sft.prepare("org/name", lean, tmp_path / "f.arrow")["rows"] == 3500 == sum(written)
+
+
+def test_held_out_prompts_never_leak_into_training(lean, tmp_path):
+    rows = [{"problem": f"What is {i % 300} + 1?" if i < 300 else f" what  IS {i % 300}\n+ 1?", "solution": f"s{i}"}
+            for i in range(600)]                            # each problem twice: other spaces, another solution
+    out = tmp_path / "f.arrow"
+    sft.prepare(write_jsonl(tmp_path / "a.jsonl", rows), lean, out, held_out=0.25)
+    first = al.read(out)["held_out"].to_numpy()
+    assert (first[:300] == first[300:]).all() and 45 <= first[:300].sum() <= 105        # 75 +- 4 sigma
+    sft.prepare(write_jsonl(tmp_path / "a.jsonl", rows[200:100:-1]), lean, out, held_out=0.25)
+    assert (al.read(out)["held_out"].to_numpy() == first[200:100:-1]).all()             # in whatever file it is
+    examples = sft.Examples(out)
+    assert sorted([*examples.held_out, *examples.learned]) == list(range(100))
+
+
+def test_jsonl_arrow_parquet_directories_and_the_hub_say_the_same(lean, tmp_path, monkeypatch):
+    rows = [{"messages": talk(f"a{i}", "b" * i)} for i in range(1, 40)]
+    import datasets
+    import pyarrow.parquet
+    table, folder = al.Table.from_pylist(rows), tmp_path / "folder"
+    folder.mkdir()
+    al.write(table, tmp_path / "a.arrow")
+    al.write(table, tmp_path / "stream.arrow", stream=True)
+    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
+    al.write(table[:20], folder / "0.arrow", stream=True)
+    write_jsonl(folder / "1.jsonl", rows[20:])
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: iter(rows) if (
+        name, split, streaming) == ("org/name", "train", True) else None)
+    sft.prepare(write_jsonl(tmp_path / "a.jsonl", rows), lean, tmp_path / "want.arrow")
+    want = al.read(tmp_path / "want.arrow").to_pylist()
+    for source in ("a.arrow", "stream.arrow", "a.parquet", "folder", "org/name"):
+        source = source if source == "org/name" else str(tmp_path / source)
+        sft.prepare(source, lean, tmp_path / "got.arrow")
+        assert al.read(tmp_path / "got.arrow").to_pylist() == want, source
+
+
+def first_fit_decreasing(lengths, capacity):
+    loads = []
+    for n in sorted(lengths, reverse=True):
+        b = next((b for b, load in enumerate(loads) if load + n <= capacity), len(loads))
+        loads[b:b + 1] = [n + (loads[b] if b < len(loads) else 0)]
+    return len(loads)
+
+
+def test_packing_is_no_worse_than_first_fit_and_balanced_over_ranks():
+    rng = np.random.default_rng(0)
+    for trial in range(60):
+        n, capacity, ranks = int(rng.integers(1, 80)), 1000, int(rng.integers(1, 5))
+        lengths = rng.integers(1, [50, 300, 700, 1001][trial % 4], n)
+        bins = sft.pack(lengths, capacity, ranks)
+        loads = [int(lengths[b].sum()) for b in bins]
+        assert sorted(row for b in bins for row in b) == list(range(n)) and max(loads) <= capacity
+        assert len(bins) % ranks == 0 and bins == sft.pack(lengths.tolist(), capacity, ranks)
+        assert len(bins) < first_fit_decreasing(lengths, capacity) + ranks
+    with pytest.raises(ValueError, match="1,001 tokens .* --max_tokens"):
+        sft.pack([5, 1001], 1000)
+
+
+@needs_data
+def test_packing_gsm8k_wastes_less_than_two_percent(qwen3_tokenizer, tmp_path):
+    sft.prepare(str(GSM8K), qwen3_tokenizer, tmp_path / "f.arrow")
+    examples = sft.Examples(tmp_path / "f.arrow")
+    for capacity in (2048, 4096, 8192):
+        bins = sft.pack(examples.lengths, capacity)
+        assert 1 - examples.lengths.sum() / (len(bins) * capacity) < 0.02
+    for step in range(20):                              # in training nothing is padded: ranks only wait for the longest
+        rows = examples.learned[sft.rows_of_step(step, len(examples.learned), 256, seed=1)]
+        loads = [examples.lengths[rows[b]].sum() for b in sft.pack(examples.lengths[rows], 8192, 8)]
+        assert max(loads) < 1.02 * np.mean(loads)
+
+
+def test_each_epoch_is_every_row_once_in_an_order_of_its_own():
+    steps = [sft.rows_of_step(step, 103, 10, seed=5) for step in range(30)]
+    epochs = [np.concatenate(steps[i : i + 10]).tolist() for i in (0, 10, 20)]
+    assert all(len(set(epoch)) == 100 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert (sft.rows_of_step(17, 103, 10, seed=5) == steps[17]).all()
+    assert (sft.rows_of_step(17, 103, 10, seed=6) != steps[17]).any()
+    assert sorted(sft.rows_of_step(4, 7, 10, seed=5)) == list(range(7))                 # fewer rows than a step
+
+
+def test_a_micro_batch_is_packed_rows_whose_positions_restart(tmp_path):
+    rows = [[7, 8, 9, 10], [1, 2, 3], [4, 5, 6, 7, 8]]
+    masks = [[False, False, True, True], [False, True, False], [True, False, False, True, True]]
+    al.write(al.Table.from_pydict({"input_ids": rows, "loss_mask": masks}), tmp_path / "f.arrow")
+    examples = sft.Examples(tmp_path / "f.arrow")
+    batch = examples.micro_batch([2, 0, 1], 6, "cpu")
+    want = {"tokens": [4, 5, 6, 7, 8, 7, 8, 9, 10, 1, 2, 3], "cu_seqlens": [0, 5, 9, 12], "max_seqlen": 5, "count": 6,
+            "positions": [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2], "predict": [2, 3, 6, 7, 9], "targets": [7, 8, 9, 10, 2],
+            "rows": [2, 0, 1]}
+    assert {k: v.tolist() if torch.is_tensor(v) else v for k, v in batch.items()} == want
+    assert examples.mask([2, 0, 1]).sum() == 5 and len(examples.learned) == 3                # nothing is held out
+
+
+SFT_SHAPE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=256)
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory):
+    """A model for arithmetic in fp64."""
+    return str(P.tiny_model(tmp_path_factory.mktemp("mini"), **SFT_SHAPE))
+
+
+def random_rows(path, rows=40, pairs=False, seed=0, held_out=4):
+    """A prepared file of random tokens, the last few rows held out."""
+    rng, columns = np.random.default_rng(seed), {"held_out": [i >= rows - held_out for i in range(rows)]}
+    for prefix in ("chosen_", "rejected_") if pairs else ("",):
+        lengths, prompts = rng.integers(4, 40, rows), rng.integers(1, 4, rows)
+        columns[prefix + "input_ids"] = [rng.integers(0, 256, n, dtype=np.int32) for n in lengths]
+        columns[prefix + "loss_mask"] = [(np.arange(n) >= p).astype(np.uint8) for n, p in zip(lengths, prompts)]
+    al.write(al.Table.from_pydict(columns), path)
+    return str(path)
+
+
+def trained(model, data, out, draw=False, **settings):
+    """The metrics of a run in fp64, of 5 steps unless it says otherwise."""
+    torch.set_num_threads(1)
+    sft.curves = sft.curves if draw else lambda out: None               # a second each, in a child of its own
+    settings = dict(steps=5, batch=10, lr=1e-3, max_tokens=128, dtype="float64", device="cpu") | settings
+    sft.train(sft.Config(model, str(data), str(out), **settings))
+    return [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+
+
+def check_layouts(model, data, tmp_path, loss, layouts):
+    want, = on_ranks(1, functools.partial(trained, loss=loss), model, data, tmp_path / "one")
+    assert len(want) == 5 and "val_loss" in want[-1]
+    for i, layout in enumerate(layouts):
+        train = functools.partial(trained, loss=loss, **layout)
+        world = int(np.prod([layout.get(name, 1) for name in ("dp", "pp", "tp")]))
+        got = on_ranks(world, train, model, data, tmp_path / str(i))[0]
+        for mine, theirs in zip(got, want):
+            for name in theirs.keys() & {"loss", "margin", "reward", "grad_norm", "lr", "tokens", "val_loss"}:
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-10, abs=1e-13), (layout, name, mine["step"])
+
+
+def test_every_layout_learns_the_curve_of_one_process(mini, tmp_path):
+    check_layouts(mini, random_rows(tmp_path / "rows.arrow"), tmp_path, "sft",
+                  [dict(dp=2), dict(tp=2), dict(pp=2), dict(dp=2, pp=2)])
+
+
+def test_dpo_learns_the_same_over_layouts(mini, tmp_path):
+    check_layouts(mini, random_rows(tmp_path / "rows.arrow", pairs=True), tmp_path, "dpo",
+                  [dict(dp=2), dict(pp=2, tp=2)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["sft", "dpo", "ipo"])
+def test_eight_processes_learn_the_curve_of_one(tmp_path, loss):
+    model = str(P.tiny_model(tmp_path / "model", **SFT_SHAPE | dict(num_hidden_layers=4)))
+    check_layouts(model, random_rows(tmp_path / "rows.arrow", pairs=loss != "sft"), tmp_path, loss,
+                  [dict(dp=2, pp=2, tp=2), dict(dp=4, tp=2), dict(dp=8), dict(dp=3), dict(pp=2, tp=4),
+                   dict(dp=2, pp=2, chunks=2), dict(pp=4)])
+
+
+def packed_logprobs(model, examples, rows):
+    batch = examples.micro_batch(rows, 1, "cpu")
+    attend = P.packed(batch["cu_seqlens"], batch["max_seqlen"])
+    hidden = model(batch["tokens"], batch["positions"], attend)
+    return hidden, sft.logprobs(model, hidden, batch), batch
+
+
+def neighbours_and_prompts(model, data):
+    torch.set_num_threads(1)
+    model, examples = P.Qwen3.from_pretrained(model, dtype=torch.float64, device="cpu"), sft.Examples(data)
+    _, alone, _ = packed_logprobs(model, examples, [3])
+    for neighbours in ([3, 5, 6], [5, 3, 6], [7, 8, 3]):
+        tokens = examples.gather("input_ids", neighbours[: neighbours.index(3)])[0]
+        hidden, packed, batch = packed_logprobs(model, examples, neighbours)
+        before = sum(int(examples.mask([row]).sum()) for row in neighbours[: neighbours.index(3)])
+        mine = packed[before : before + len(alone)]
+        assert torch.allclose(mine, alone, rtol=0, atol=1e-12)
+        embed, = [p for p in model.parameters() if p.shape == (259, 32) and p is not model.head_weight]
+        grad, = torch.autograd.grad(mine.sum(), embed, retain_graph=True)
+        own = set(examples.gather("input_ids", [3])[0].tolist())
+        assert all(grad[t].abs().sum() == 0 for t in set(tokens.tolist()) - own)        # nothing flows to a neighbour
+        loss, results = sft.sft_loss(model, hidden, batch)
+        hidden.retain_grad()
+        loss.backward()
+        moved = hidden.grad.abs().sum(1).nonzero()[:, 0]
+        assert moved.tolist() == batch["predict"].tolist() and results["loss"] == loss  # nothing is learned of prompts
+        with torch.no_grad():                               # a poisoned neighbour: its words are not numbers
+            kept = embed.clone()
+            embed[[t for t in set(tokens.tolist()) - own]] = torch.nan
+            poisoned = packed_logprobs(model, examples, neighbours)[1]
+            assert torch.equal(poisoned[before : before + len(alone)], mine) and (
+                before == 0 or poisoned[:before].isnan().any())
+            embed.copy_(kept)
+
+
+def test_packed_documents_do_not_see_each_other_and_prompts_get_no_gradient(tmp_path):
+    untied = P.tiny_model(tmp_path / "model", **SFT_SHAPE, tie_word_embeddings=False)    # so that words can be NaN
+    on_ranks(1, neighbours_and_prompts, str(untied), random_rows(tmp_path / "rows.arrow"))
+
+
+def overfitted(model, data, out):
+    torch.set_num_threads(1)
+    sft.train(sft.Config(model, data, str(out), steps=60, batch=8, lr=1e-2, weight_decay=0.0, device="cpu"))
+    learned = P.Qwen3.from_pretrained(out / "model", dtype=torch.float32, device="cpu")
+    hidden, _, batch = packed_logprobs(learned, sft.Examples(data), range(8))
+    right = learned.logits(hidden[batch["predict"]]).argmax(1) == batch["targets"]
+    return right.double().mean().item(), len(right)
+
+
+def test_eight_rows_are_learned_by_heart(lean, tmp_path):
+    data = random_rows(tmp_path / "rows.arrow", rows=8, held_out=0)
+    (right, count), = on_ranks(1, overfitted, lean, data, tmp_path / "run")
+    assert right == 1.0 and count > 80
+
+
+RUN = dict(steps=None, epochs=3, batch=9, save_every=1, keep=99, eval_every=4)      # 36 rows: 4 steps an epoch
+
+
+def without_times(lines):
+    return [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s", "memory_gb")} for line in lines]
+
+
+def resumed(world, model, data, full, out, after, **settings):
+    """Go on from the checkpoint after some step of a finished run."""
+    def made_later(folder, names):
+        return [x for x in names if x in ("model", "curves.png") or x.startswith("step-") and int(x[5:]) > after]
+
+    shutil.copytree(full, out, ignore=made_later)
+    train = functools.partial(trained, **RUN | settings, resume=True)
+    return without_times(on_ranks(world, train, model, data, out)[0])
+
+
+def same_bytes(a, b):
+    return (a / "model" / "model.safetensors").read_bytes() == (b / "model" / "model.safetensors").read_bytes()
+
+
+def test_resume_is_bit_exact_within_an_epoch_and_at_its_end_and_to_rounding_on_another_layout(mini, tmp_path):
+    data, full = random_rows(tmp_path / "rows.arrow"), tmp_path / "full"
+    want, = on_ranks(1, functools.partial(trained, **RUN), mini, data, full)
+    assert len(want) == 12 and all((full / f"step-{i:06d}").exists() for i in range(1, 13))
+    for after in (3, 4, 11):
+        out = tmp_path / str(after)
+        got = resumed(1, mini, data, full, out, after)
+        assert got == without_times(want) and same_bytes(full, out)
+    got = resumed(4, mini, data, full, tmp_path / "layout", 6, dp=2, tp=2)
+    assert got[:6] == without_times(want)[:6]
+    for mine, theirs in zip(got, want):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-9)
+
+
+def test_resume_after_sigkill_is_bit_exact(mini, tmp_path):
+    data, full, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "full", tmp_path / "killed"
+    want, = on_ranks(1, functools.partial(trained, **RUN), mini, data, full)
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=trained, args=(mini, data, out), kwargs=RUN, daemon=True)
+    child.start()
+    deadline = time.time() + 60
+    while not (out / "step-000003").exists():
+        assert time.time() < deadline and child.is_alive()
+        time.sleep(0.002)
+    os.kill(child.pid, signal.SIGKILL)
+    child.join(20)
+    assert not (out / "step-000012").exists()                       # it was killed on the way
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.0}\n{"step": 10, "lo')        # in the middle of a line
+    got, = on_ranks(1, functools.partial(trained, **RUN, resume=True), mini, data, out)
+    assert without_times(got) == without_times(want) and same_bytes(full, out)
+
+
+def stopped(model, data, out):
+    with pytest.raises(FloatingPointError) as error:
+        trained(model, data, out, steps=6, lr=1e9, clip=1e9, warmup=0.0, save_every=1)
+    return str(error.value)
+
+
+def test_an_explosion_ends_the_run_and_names_step_and_rows_and_the_checkpoint_before_it_is_whole(mini, tmp_path):
+    data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
+    words = on_ranks(2, stopped, mini, data, out)[0]
+    last = P.latest(out)
+    step = int(last.name[5:]) + 1
+    rows = [int(row) for row in sft.rows_of_step(step - 1, 36, 10, 0)]
+    assert re.search(rf"step {step}: the loss is .* the rows {rows[0]}, {rows[1]}, .* of {data} .* {last}", words)
+    assert json.loads((out / "stopped.json").read_text())["rows"] == rows
+    model = P.Qwen3.from_pretrained(mini, dtype=torch.float64, device="cpu")
+    assert P.load(last, model, P.AdamW(model))["step"] == step - 1
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_run_does_not_overwrite_another(mini, tmp_path):
+    data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
+    on_ranks(1, trained, mini, data, out)
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    with pytest.raises(AssertionError, match="ValueError: .* already holds a run; go on with it by --resume"):
+        on_ranks(1, trained, mini, data, out)
+    with pytest.raises(AssertionError, match="ValueError: .* lr was 0.001, now 0.1"):
+        on_ranks(1, functools.partial(trained, resume=True, lr=0.1), mini, data, out)
+    assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+
+
+def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path):
+    data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
+    raw = str(tmp_path / "raw.arrow")
+    al.write(al.Table.from_pylist([{"prompt": "a", "response": "b"}]), raw)
+    words = tmp_path / "words.arrow"
+    with al.Writer(words, al.Schema(al.read(data).schema.type.fields, {"tokens_below": "151669"})) as writer:
+        writer.write(al.read(data))
+    for settings, sentence in [(dict(data=raw), "no column 'input_ids' but prompt, response; make it with: python"),
+                               (dict(data=data, loss="dpo"), "no column 'chosen_input_ids'"),
+                               (dict(data=words), "151,669 .* prepare it with --model"),
+                               (dict(data=data, max_tokens=20), "raise --max_tokens"),
+                               (dict(data=data, tp=3), "torchrun"), (dict(data=data, model="nowhere"), "nowhere")]:
+        with pytest.raises((ValueError, FileNotFoundError), match=sentence):
+            sft.train(sft.Config(**dict(model=mini, out=str(out), device="cpu") | settings))
+        assert not out.exists()
+    with pytest.raises(ValueError, match="--lrr"):
+        sft.arguments(sft.Config, ["--lrr", "1"])
+    config = sft.arguments(sft.Config, ["--lr", "1e-4", "--dp", "2", "--resume", "--loss", "dpo"])
+    assert (config.lr, config.dp, config.resume, config.loss, config.tp) == (1e-4, 2, True, "dpo", 1)
+    with pytest.raises(ValueError, match="--lr"):
+        sft.arguments(sft.Prepare, ["--lr", "1"])
+    config = sft.arguments(sft.Prepare, ["--data", "a", "--held_out", "0.1"])
+    assert (config.data, config.held_out, config.out, config.max_tokens) == ("a", 0.1, "sft.arrow", 8192)
+
+
+def test_a_run_leaves_its_settings_metrics_curves_and_model(mini, tmp_path, capfd):
+    data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
+    train = functools.partial(trained, draw=True, eval_every=2, save_every=2, keep=1)
+    lines, = on_ranks(1, train, mini, data, out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line.keys() >= {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "memory_gb", "seconds"}
+               for line in lines) and [("val_loss" in line) for line in lines] == [False, True, False, True, True]
+    assert json.loads((out / "config.json").read_text())["max_tokens"] == 128
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG") and [p.name for p in out.glob("step-*")] == [
+        "step-000005"]
+    assert re.search(r"step 5/5 \| loss \d\.\d+ \| grad_norm \d.* \| lr 5\.00e-06 \| \d+ tokens \| [\d,]+ tok/s \| "
+                     r"[\d.]+ GB \| [\d.]+ s \| val_loss", capfd.readouterr().out)
+
+
+def test_what_a_base_model_has_learned_ends_where_the_assistants_turn_does(lean, tmp_path):
+    from transformers import AutoTokenizer
+    base, data, out = tmp_path / "base", tmp_path / "rows.arrow", tmp_path / "run"
+    shutil.copytree(lean, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    (base / "config.json").write_text((base / "config.json").read_text().replace("258", "256"))
+    assert P.Config.from_pretrained(base).eos_token_id == 256
+    sft.prepare(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": "b"}]), str(base), data, held_out=0.0)
+    on_ranks(1, functools.partial(trained, steps=1), str(base), data, out)
+    assert AutoTokenizer.from_pretrained(out / "model").eos_token == "<|im_end|>"
+    assert P.Config.from_pretrained(out / "model").eos_token_id == 258
+    assert json.loads((out / "model" / "generation_config.json").read_text())["eos_token_id"] == 258
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine():
+    lr = [sft.cosine(step, 110, 10 / 110, 5e-5, 5e-6) for step in range(110)]
+    assert lr[:10] == pytest.approx([5e-6 * (i + 1) for i in range(10)]) and lr[10] == pytest.approx(5e-5)
+    assert lr[-1] == pytest.approx(5e-6) and (np.diff(lr[10:]) < 0).all()
+    assert lr[10 + 33] == pytest.approx(5e-6 + 4.5e-5 * 0.75, rel=1e-3)         # a third of the way: cos 60 = 1/2
+    assert sft.cosine(0, 1, 0.1, 5e-5, 5e-6) == 5e-5 and sft.cosine(0, 10, 0.0, 5e-5, 5e-6) == 5e-5
+    config = sft.Config()
+    assert (config.batch, config.lr, config.min_lr, config.warmup, config.beta1, config.beta2, config.weight_decay,
+            config.clip, config.max_tokens, config.epochs) == (256, 5e-5, 5e-6, 0.1, 0.9, 0.95, 1e-3, 1.0, 8192, 3)
+
+
+def reference_dpo(folder, data, rows, kind, beta, smoothing, normalized):
+    """The loss and its gradient by transformers, row by row."""
+    from transformers import AutoModelForCausalLM
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    losses = []
+    for row in al.read(data).select(rows):
+        advantage = {}
+        for side in ("chosen", "rejected"):
+            ids, mask = torch.tensor(row[f"{side}_input_ids"]), torch.tensor(row[f"{side}_loss_mask"]).bool()[1:]
+            logp = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            length = mask.sum() if normalized else 1
+            advantage[side] = (logp[mask].sum() - row[f"{side}_reference"]) / length
+        delta = advantage["chosen"] - advantage["rejected"]
+        right, wrong = torch.sigmoid(beta * delta).log(), torch.sigmoid(-beta * delta).log()
+        losses.append((delta - 0.5 / beta).square() if kind == "ipo" else -(1 - smoothing) * right - smoothing * wrong)
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    return loss.item(), {name: p.grad.numpy() for name, p in model.named_parameters()}
+
+
+def our_dpo(folder, data, rows, *settings):
+    torch.set_num_threads(1)
+    model = P.Qwen3.from_pretrained(folder, dtype=torch.float64, device="cpu")
+    examples = sft.Examples(data, True)
+    total = 0.0
+    for part in (rows[:2], rows[2:]):                       # in two micro-batches
+        batch = examples.micro_batch(part, len(rows), "cpu")
+        attend = P.packed(batch["cu_seqlens"], batch["max_seqlen"])
+        loss, results = sft.dpo_loss(model, model(batch["tokens"], batch["positions"], attend), batch, *settings)
+        loss.backward()
+        total += float(results["loss"])
+    with torch.no_grad():                                   # parameters are merged: as a model, gradients have names
+        for p in model.parameters():
+            p.copy_(p.grad)
+    grads = {name: grad.numpy() for name, grad in model.hf_tensors()}
+    return total, grads
+
+
+@pytest.mark.parametrize("settings", [("dpo", 0.1, 0.0, False), ("dpo", 0.3, 0.2, False), ("dpo", 2.0, 0.1, True),
+                                      ("ipo", 0.1, 0.0, False), ("ipo", 0.5, 0.0, True)])
+def test_dpo_gradients_are_those_of_an_independent_reference(mini, tmp_path, settings):
+    data, rows = random_rows(tmp_path / "rows.arrow", pairs=True), [3, 11, 7, 20, 1]
+    sft.Examples(data, True).keep_reference(np.random.default_rng(1).normal(-60, 5, (40, 2)), "made up")
+    want, = on_ranks(1, reference_dpo, mini, data, rows, *settings)
+    got, = on_ranks(1, our_dpo, mini, data, rows, *settings)
+    assert got[0] == pytest.approx(want[0], rel=1e-7) and got[1].keys() == want[1].keys()   # their norms are in fp32
+    largest = max(np.abs(grad).max() for grad in want[1].values())
+    for name, grad in want[1].items():
+        assert np.abs(got[1][name] - grad).max() < 1e-6 * largest, name
+
+
+def reference_passes(model, data, out, **settings):
+    """How many micro-batches the reference had to look at."""
+    calls, keep = [], sft.answer_logprobs
+    sft.answer_logprobs = lambda *args: calls.append(torch.is_grad_enabled()) or keep(*args)
+    lines = trained(model, data, out, loss="dpo", steps=2, **settings)
+    return calls.count(False), lines
+
+
+def test_reference_logprobs_are_computed_once_and_kept_in_the_file(mini, tmp_path):
+    data = random_rows(tmp_path / "rows.arrow", pairs=True, held_out=0)
+    (first, lines), = on_ranks(1, reference_passes, mini, data, tmp_path / "a")
+    table, stamp = al.read(data), os.stat(data).st_mtime_ns
+    assert first > 0 and lines[0]["loss"] == pytest.approx(np.log(2)) and lines[0]["margin"] == pytest.approx(0)
+    assert table.column_names[-2:] == ["chosen_reference", "rejected_reference"] and table.num_rows == 40
+    (second, again), = on_ranks(1, reference_passes, mini, data, tmp_path / "b")
+    assert second == 0 and os.stat(data).st_mtime_ns == stamp and without_times(again) == without_times(lines)
+    moved = str(tmp_path / "a" / "model")                               # another model is another reference
+    (third, lines), = on_ranks(1, reference_passes, moved, data, tmp_path / "c")
+    assert third == first and lines[0]["margin"] == pytest.approx(0)
+    assert al.read(data)["chosen_reference"].to_pylist() != table["chosen_reference"].to_pylist()
+    want = [sum(line) for line in on_ranks(1, reference_scores, moved, data)[0]]
+    assert al.read(data)["chosen_reference"].to_pylist() == pytest.approx(want, rel=1e-12)
+
+
+def reference_scores(model, data):
+    torch.set_num_threads(1)
+    model = P.Qwen3.from_pretrained(model, dtype=torch.float64, device="cpu")
+    examples = sft.Examples(data, True)
+    with torch.no_grad():
+        return [packed_logprobs(model, examples, [row])[1][: examples.mask([row])[: examples.documents[row, 0]].sum()]
+                .tolist() for row in range(40)]
+
+
+def test_preferences_of_pairs_are_learned(lean, tmp_path):
+    rows = [{"prompt": f"{i}?", "chosen": f"{i % 7} is good", "rejected": f"{i % 5} is bad"} for i in range(48)]
+    sft.prepare(write_jsonl(tmp_path / "pairs.jsonl", rows), lean, tmp_path / "pairs.arrow", held_out=0.2)
+    for loss in ("dpo", "ipo"):
+        lines, = on_ranks(1, functools.partial(trained, loss=loss, steps=12, batch=16, dtype="float32", lr=3e-3,
+                                               max_tokens=512), lean, tmp_path / "pairs.arrow", tmp_path / loss)
+        assert lines[-1]["accuracy"] == 1.0 and lines[-1]["val_accuracy"] == 1.0 and lines[-1]["margin"] > 0.1
+
+
+def race(folder):
+    torch.set_num_threads(1)
+    config = P.Config(**SFT_SHAPE | dict(vocab_size=259, max_position_embeddings=512))
+    return sft.bench(config, batch=6, capacity=300, steps=2)
+
+
+def test_the_race_against_transformers_runs(tmp_path):
+    result, = on_ranks(1, race, tmp_path)
+    assert result["plain"] > 0 and result["tokens_per_s"] > 0
+
+
+@pytest.mark.slow
+def test_sft_commands(lean, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i}", "response": "r"} for i in range(20)])
+    data, out = str(tmp_path / "rows.arrow"), tmp_path / "run"
+    flags = ["--model", lean, "--data", data, "--out", str(out), "--batch", "4", "--device", "cpu"]
+    for command in ([sys.executable, "sft.py", "prepare", "--data", rows, "--model", lean, "--out", data],
+                    [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
+                     "sft.py", *flags, "--tp", "2"], [sys.executable, "sft.py", *flags, "--resume"]):
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=200,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 15
+    again = subprocess.run([sys.executable, "sft.py", *flags], cwd=HERE, capture_output=True, text=True, timeout=100)
+    assert again.returncode != 0 and "already holds a run" in again.stderr
+
+
+@pytest.mark.slow
+def test_sft_demo_learns_in_three_minutes():
+    begin = time.time()
+    done = subprocess.run([sys.executable, HERE / "sft.py"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(re.search(r"([\d.]+)% \(\+- .* of unseen sums", done.stdout)[1]) > 40
+    assert "100.0% of held-out pairs" in done.stdout
+    assert time.time() - begin < 180
+
+
+# --- evaluate.py -----------------------------------------------------------------------------------------------------
+
+PROBLEMS = HERE.parent / "shared" / "data"
+needs_problems = pytest.mark.skipif(not PROBLEMS.is_dir(), reason="../shared/data with MATH-500 and GSM8K is not there")
+
+
+def boxed(answer):
+    return f"Therefore the answer is \\boxed{{{answer}}}."
+
+
+# (answer, gold, score): what stands in the box, unless the answer is a whole text with boxes of its own.
+GOLDEN = [
+    # integers, decimals, fractions
+    ("5", "5", 1), ("6", "5", 0), ("-5", "5", 0), ("+5", "5", 1), ("05", "5", 1), ("5.0", "5", 1), ("5.", "5", 1),
+    ("\\sqrt{4}.", "2", 1),
+    ("1,234,567", "1234567", 1), ("1{,}234", "1234", 1), ("1\\,234", "1234", 1), ("3,000", "3", 0),
+    ("1/2", "\\frac{1}{2}", 1), ("0.5", "\\frac12", 1), (".5", "0.5", 1), ("\\dfrac{2}{4}", "\\frac{1}{2}", 1),
+    ("\\frac{1}{-2}", "-\\frac{1}{2}", 1), ("\\frac{1}{3}", "\\frac{1}{2}", 0), ("0.333333", "\\frac13", 1),
+    ("0.33", "\\frac13", 0), ("3\\frac{1}{2}", "\\frac{7}{2}", 1), ("3\\frac{1}{2}", "3.5", 1), ("1/0", "0", 0),
+    ("100000000000000000000001", "100000000000000000000000", 0), ("10^{3}", "1000", 1), ("1 2", "12", 0),
+    ("1\\times10^3", "1000", 1), ("3:2", "\\frac{3}{2}", 1), ("9" * 500, "9" * 499, 0), ("0", "-0", 1),
+    # units, money, percent, degrees
+    ("5\\text{ cm}", "5", 1), ("5", "5\\text{ cm}", 1), ("5\\,\\mathrm{m/s}", "5", 1), ("\\$5.00", "5", 1),
+    ("$5$", "5", 1), ("6\\text{ cm}", "5", 0), ("50\\%", "50", 1), ("0.5", "50\\%", 1), ("5\\%", "50\\%", 0),
+    ("90^\\circ", "90", 1), ("90 \\text{ degrees}", "90", 1), ("9^\\circ", "90", 0),
+    # radicals, constants, functions
+    ("\\sqrt{8}", "2\\sqrt{2}", 1), ("\\sqrt 8", "2\\sqrt{3}", 0), ("2.828427", "2\\sqrt{2}", 1),
+    ("2.8", "2\\sqrt{2}", 0), ("\\pi/4", "\\frac{\\pi}{4}", 1), ("3.14", "\\pi", 0), ("\\log_2 8", "3", 1),
+    ("\\binom{5}{2}", "10", 1), ("10!", "3628800", 1), ("\\sum_{k=1}^{10} k", "55", 1), ("\\infty", "-\\infty", 0),
+    # algebra
+    ("x^2+2x+1", "(x+1)^2", 1), ("x^2+2x+2", "(x+1)^2", 0), ("x+1", "y+1", 0), ("p-q", "q-p", 0), ("q+p", "p+q", 1),
+    ("\\tan x", "\\frac{\\sin x}{\\cos x}", 1), ("x=5", "5", 1), ("5", "x=5", 1), ("x=6", "5", 0),
+    ("y=2x+1", "2x+1", 1), ("2x+3y=5", "4x+6y=10", 1), ("3+4i", "4i+3", 1), ("3-4i", "3+4i", 0),
+    # intervals, inequalities, sets, tuples
+    ("[0,1)", "\\left[0,1\\right)", 1), ("[0,1]", "[0,1)", 0), ("(0,1)", "(0,2)", 0),
+    ("(3,\\infty)\\cup(-\\infty,2)", "(-\\infty,2)\\cup(3,\\infty)", 1), ("x>2", "2<x", 1), ("x>2", "x\\ge2", 0),
+    ("\\mathbb{R}", "(-\\infty,\\infty)", 1), ("\\{1,2\\}", "\\{2,1\\}", 1), ("\\{1,2,3\\}", "\\{1,2\\}", 0),
+    ("2,1", "1,2", 1), ("1 \\text{ and } 2", "1,2", 1), ("\\pm 2", "-2,2", 1), ("(1,2)", "(2,1)", 0),
+    ("(3, 1.5707963)", "\\left(3, \\frac{\\pi}{2}\\right)", 1), ("\\emptyset", "\\{\\}", 1),
+    # everything at once is not an answer
+    ("1,2,3,4,5", "3", 0), ("3 \\text{ or } 4", "3", 0), ("\\text{all answers}", "3", 0), ("3", "1,2,3", 0),
+    # matrices
+    ("\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", 1),
+    ("\\begin{pmatrix}0.5\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1/2 \\\\ 2 \\end{pmatrix}", 1),
+    ("\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", 0),
+    # words
+    ("\\text{Evelyn}", "Evelyn", 1), ("\\text{evelyn}", "\\text{Evelyn}", 1), ("\\text{Briana}", "\\text{Evelyn}", 0),
+    ("\\textbf{(C)}", "C", 1), ("\\text{B}", "C", 0), ("\\text{Yes}", "\\text{No}", 0), ("even", "\\text{odd}", 0),
+    # boxes: nested, several, unterminated, empty, none
+    ("\\frac{\\sqrt{\\frac{1}{4}}}{1}", "0.5", 1), ("\\boxed{5}", "5", 1), ("\\{x : x > 0\\}", "\\{x : x > 0\\}", 1),
+    ("First \\boxed{4}, then \\boxed{5}", "5", 0), ("First \\boxed{5}, then \\boxed{4}", "5", 0),
+    ("So \\boxed{5}. Again: \\boxed{5}", "5", 1), ("\\boxed{0.5}, that is \\boxed{1/2}", "\\frac12", 1),
+    ("\\boxed{1}\\boxed{2}\\boxed{3}\\boxed{4}\\boxed{5}\\boxed{6}", "6", 0), ("The answer is \\boxed{5", "5", 0),
+    ("\\boxed{5} and so on, \\boxed{5", "5", 1), ("\\boxed{\\frac{1}{2}", "\\frac{1}{2}", 0), ("\\boxed{}", "5", 0),
+    ("\\boxed{ }", "5", 0), ("I write it in \\boxed{}: \\boxed{5}", "5", 1), ("The answer is 5.", "5", 0), ("", "5", 0),
+    ("Take \\{ and \\boxed{\\{1,2\\}}", "\\{1,2\\}", 1), ("a } too many } \\boxed{5}", "5", 1), ("boxed{5}", "5", 0),
+    ("<think>\\boxed{4}</think>\\boxed{5}", "5", 1), ("\\boxed {5}", "5", 1), ("\\boxed{" * 50_000, "5", 0),
+    # long, and what does not parse
+    ("let us see " * 10_000 + "\\boxed{5}", "5", 1), ("\\boxed{" + "5+" * 50_000 + "5}", "5", 0),
+    ("\\boxed{" + "{" * 50_000 + "5" + "}" * 50_000 + "}", "5", 0), ("\\frac{1}{", "1", 0), ("\\\\\\^^__", "1", 0),
+    ("\\undefined{1}{2}", "2", 0), ("\0", "1", 0), ("五", "5", 0), ("(" * 8 + "1" + ")" * 8, "2", 0),
+]
+
+# Answers that make sympy hang, or ask for all the memory. None of them is right.
+NASTY = ["9^{9^{9^{9}}}", "10^{10^{10}}", "(10!)!!!", "((2^{20})!)!", "\\binom{10^9}{5\\cdot10^8}",
+         "\\prod_{k=1}^{1000000} (x-k)", "(x+y+z+w)^{200}", "(" * 900 + "1" + ")" * 900]
+
+
+@pytest.fixture
+def fresh_actors():
+    small_ray.shutdown()
+    yield
+    small_ray.shutdown()
+
+
+@pytest.fixture
+def graders(fresh_actors):
+    return ev.Graders(2, deadline=20)
+
+
+def test_golden_answers_are_graded_as_a_person_would(graders):
+    texts = [answer if "boxed" in answer or answer in ("", "The answer is 5.") else boxed(answer)
+             for answer, _, _ in GOLDEN]
+    grades = graders.grade([(text, gold) for text, (_, gold, _) in zip(texts, GOLDEN)])
+    assert len(GOLDEN) >= 80
+    wrong = [(answer[:60], gold[:60], grade[:2]) for (answer, gold, score), grade in zip(GOLDEN, grades)
+             if grade.score != score or grade.verdict in ("timeout", "crashed")]
+    assert not wrong, wrong
+
+
+def test_shortcuts_never_contradict_math_verify():
+    judge, rng, seen = ev.Grader(memory=0), random.Random(0), {True: 0, False: 0}
+    spell = [lambda a, b: f"{a}", lambda a, b: f"\\frac{{{a}}}{{{b}}}", lambda a, b: f"{a}/{b}",
+             lambda a, b: f"{a / b}", lambda a, b: f"{a:,}", lambda a, b: f"{a / b:.3f}",
+             lambda a, b: f"\\dfrac{{{a}}} {{{b}}}"]
+    pairs = [(answer, gold) for answer, gold, _ in GOLDEN if "boxed" not in answer and len(answer) < 200
+             and answer != "1\\,234"]                    # which math-verify reads as 1 + 234
+    for _ in range(300):
+        a, b = rng.choice([3, 1500, 20]), rng.choice([1, 2, 4, 3])
+        pairs.append((rng.choice(spell)(a, b), rng.choice(spell)(a, b)))
+    for answer, gold in pairs:
+        shortcut = ev.quick(answer, gold)
+        if shortcut is not None:
+            seen[shortcut] += 1
+            assert judge.equal([answer], gold) == shortcut, (answer, gold)
+    assert min(seen.values()) > 50, seen
+
+
+def test_the_last_balanced_box_is_the_answer():
+    for text, answer in [("\\boxed{1} \\boxed{2}", "2"), ("\\boxed{1} \\boxed{2", "1"), ("\\boxed{1", None),
+                         ("\\boxed{a{b}c}", "a{b}c"), ("\\boxed{\\{1\\}}", "\\{1\\}"), ("\\boxed{\\boxed{1}}", "1"),
+                         ("\\boxed{}", None), ("nothing", None), ("\\boxed{1\\\\}", "1\\\\"), ("} \\boxed{1}", "1"),
+                         ("{ \\boxed{1}", "1"), ("\\boxed{\\left\\{1\\right.}", "\\left\\{1\\right."),
+                         ("\\boxed\n{1}", "1"), ("\\boxed{x\ny}", "x\ny")]:
+        assert ev.extract(text) == answer, text
+    start = time.perf_counter()
+    assert ev.extract("\\boxed{" * 100_000 + "1" + "}" * 99_999) == "1" and ev.boxes("\\{" * 10**6) == []
+    assert time.perf_counter() - start < 5
+
+
+def troubled(folder=None):
+    """A grader that hangs and dies at a word. The class travels by value: graders need not import the tests."""
+    class Troubled(ev.Grader):
+        def equal(self, answers, gold):
+            if answers and answers[0].startswith("die"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            while answers and answers[0].startswith("hang"):
+                (folder / str(os.getpid())).touch()
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())    # only a kill ends it
+            return super().equal(answers, gold)
+    return Troubled
+
+
+def test_a_hanging_answer_costs_its_own_deadline_and_no_other_row(fresh_actors, monkeypatch, tmp_path):
+    monkeypatch.setattr(ev, "Grader", troubled(tmp_path))
+    pool = ev.Graders(2, deadline=2)
+    rows = [(boxed(f"\\sqrt{{{i * i}}}"), str(i if i % 3 else i + 1)) for i in range(1, 61)]
+    for place in (0, 7, 8, 30):
+        rows.insert(place, (boxed("hang"), "x^2+1"))
+    start = time.perf_counter()
+    grades = pool.grade(rows)
+    assert time.perf_counter() - start < 30
+    assert [grade.verdict for grade, (text, _) in zip(grades, rows) if "sqrt" not in text] == ["timeout"] * 4
+    assert [grade.score for grade, (text, _) in zip(grades, rows) if "sqrt" in text] == [
+        float(i % 3 > 0) for i in range(1, 61)]
+    hung = [Path("/proc", path.name) for path in tmp_path.iterdir()]
+    while any(process.exists() for process in hung):                       # they are killed, not forgotten
+        assert time.perf_counter() - start < 40
+        time.sleep(0.05)
+    assert len(hung) == 4
+
+
+def test_nasty_answers_end_in_a_verdict_and_the_pool_lives_on(fresh_actors):
+    pool = ev.Graders(2, deadline=1)
+    grades = pool.grade([(boxed(answer), "x^2+1") for answer in NASTY])
+    assert {grade.verdict for grade in grades} <= {"timeout", "wrong", "crashed"} and not any(g.score for g in grades)
+    assert pool.grade([(boxed("\\sqrt{4}"), "2")])[0] == ev.Grade(1.0, "right", "\\sqrt{4}")
+
+
+def test_an_answer_may_not_ask_for_all_the_memory(fresh_actors):
+    def ask(grader):
+        with pytest.raises(MemoryError):
+            bytearray(3 << 30)
+        return grader.equal(["1+1"], "2")
+    assert small_ray.get(small_ray.remote(ev.Grader).remote().__ray_call__.remote(ask), timeout=60)
+
+
+def test_a_crashed_grader_is_replaced_and_its_row_tried_again(fresh_actors, monkeypatch):
+    monkeypatch.setattr(ev, "Grader", troubled())
+    pool = ev.Graders(1, deadline=20)
+    rows = [(boxed(answer), "2") for answer in ("\\sqrt{4}", "die", "\\sqrt{9}", "die twice", "1+1")]
+    assert [grade.verdict for grade in pool.grade(rows)] == ["right", "crashed", "wrong", "crashed", "right"]
+
+
+def test_a_grader_killed_by_somebody_else_costs_no_row(fresh_actors):
+    pool = ev.Graders(1, deadline=20)
+    pool.grade([(boxed("1+1"), "2")])
+    worker = pool.idle.get_nowait()
+    pid = small_ray.get(worker.__ray_call__.remote(lambda self: os.getpid()))
+    pool.idle.put_nowait(worker)
+    os.kill(pid, signal.SIGKILL)
+    assert [grade.score for grade in pool.grade([(boxed("1+2"), "3"), (boxed("1+2"), "4")])] == [1.0, 0.0]
+
+
+def test_graders_as_an_actor_take_several_callers_at_once(fresh_actors):
+    pool = small_ray.remote(ev.Graders).remote(2, 20)
+    refs = [pool.agrade.remote([(boxed(f"{i}+{k}"), str(2 * i)) for k in range(3)]) for i in range(3)]
+    assert [[grade[0] for grade in grades] for grades in small_ray.get(refs, timeout=60)] == [
+        [float(k == i) for k in range(3)] for i in range(3)]
+
+
+def test_200_easy_answers_a_second_on_two_cores(fresh_actors):
+    pool, rng = ev.Graders(2), random.Random(0)
+    pool.grade([(boxed("x+x"), "2x")] * 4)
+    rows = []
+    for _ in range(1000):
+        a, b = rng.randint(2, 99), rng.randint(2, 9)
+        rows.append(rng.choice([(boxed(a * b), str(a * b)), (boxed(f"\\frac{{{a}}}{{{b}}}"), f"{a}/{b}"),
+                                (boxed(f"{a}x+{b}"), f"{b}+{a}x"), (boxed(f"{a}\\sqrt{{{b}}}"), f"{a} \\sqrt {b}"),
+                                (boxed(f"({a},{b})"), f"({a}, {b})"), (boxed(f"{a}\\text{{ m}}"), str(a))]))
+    start = time.perf_counter()
+    assert all(grade.score for grade in pool.grade(rows))
+    rate = 1000 / (time.perf_counter() - start)
+    assert rate > 200, f"{rate:.0f} a second"
+
+
+def test_grade_is_a_number_and_outlives_a_restart_of_the_actors(fresh_actors):
+    assert (ev.grade("\\boxed{2x}", "x+x"), ev.grade("\\boxed{3x}", "x+x"), ev.grade("2x", "x+x")) == (1.0, 0.0, 0.0)
+    small_ray.shutdown()
+    assert ev.grade("\\boxed{2x}", "x+x") == 1.0
+    small_ray.shutdown()
+    small_ray.init(num_cpus=2)
+    assert ev.grade("\\boxed{2x}", "x+x") == 1.0
+
+
+@needs_problems
+def test_every_gold_answer_boxed_is_right_against_itself(graders):
+    for name, rows in (("math500", 500), ("gsm8k_test", 1319)):
+        golds = [problem["answer"] for problem in ev.load_problems(str(PROBLEMS / f"{name}.jsonl"))]
+        assert len(golds) == rows and all(grade.score for grade in graders.grade([(boxed(g), g) for g in golds]))
+
+
+@needs_problems
+def test_every_gold_answer_is_right_by_math_verify_alone():
+    """Without the shortcut for equal spellings. There are no exceptions."""
+    judge = ev.Grader(memory=0)
+    for name in ("math500", "gsm8k_test"):
+        golds = {problem["answer"] for problem in ev.load_problems(str(PROBLEMS / f"{name}.jsonl"))}
+        assert [gold for gold in golds if not judge.equal([gold], gold)] == []
+
+
+@needs_problems
+def test_gold_answers_of_other_problems_are_wrong(graders):
+    golds = [problem["answer"] for problem in ev.load_problems(str(PROBLEMS / "math500.jsonl"))][:200]
+    grades = graders.grade([(boxed(a), b) for a, b in zip(golds, golds[1:])])
+    right = [(a, b) for a, b, grade in zip(golds, golds[1:], grades) if grade.score]
+    assert all(ev.number(a.replace("x=", "")) == ev.number(b.replace("x=", "")) is not None for a, b in right), right
+
+
+def test_problems_of_every_shape_are_read(tmp_path):
+    rows = [{"problem": "p", "solution": "so \\boxed{7}", "answer": "5", "subject": "Algebra", "level": 2},   # MATH-500
+            {"problem": "p", "solution": "so \\boxed{\\frac{1}{2}}", "type": "Algebra", "level": "Level 3"},  # MATH
+            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 1,005"},                                        # GSM8K
+            {"question": "p", "final_answer": "5", "difficulty": 6.5, "r1_solution_1": "\\boxed{7}"},      # DeepMath
+            {"prompt": "p", "answer": 5}, {"question": "p", "answer": "It is \\boxed{5}."}]
+    golds = ["5", "\\frac{1}{2}", "1,005", "5", "5", "5"]
+    for i, (row, gold) in enumerate(zip(rows, golds)):
+        al.Table.from_pylist([row]).to_jsonl(tmp_path / "rows.jsonl")
+        al.write(al.Table.from_pylist([row]), tmp_path / "rows.arrow")
+        for name in ("rows.jsonl", "rows.arrow"):
+            problem, = ev.load_problems(str(tmp_path / name))
+            assert (problem["problem"], problem["answer"]) == ("p", gold), row
+        assert (problem["subject"], problem["level"]) == [("Algebra", "2"), ("Algebra", "3"), ("", ""), ("", "6.5"),
+                                                          ("", ""), ("", "")][i]
+
+
+def test_a_bad_problem_is_named_by_its_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for row, what in (({"problem": "p"}, "no answer"), ({"problem": "p", "solution": "no box"}, "no answer"),
+                      ({"answer": "5"}, "no problem"), ({"problem": " ", "answer": "5"}, "no problem")):
+        path.write_text(json.dumps({"problem": "p", "answer": "1"}) + "\n" + json.dumps(row) + "\n")
+        with pytest.raises(ValueError, match=f"row 2: {what}"):
+            ev.load_problems(str(path))
+    with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):
+        ev.load_problems(str(tmp_path / "nowhere.jsonl"))
+    path.write_text("")
+    with pytest.raises(ValueError, match="no rows"):
+        ev.load_problems(str(path))
+
+
+def test_a_file_named_like_a_data_set_comes_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    al.write(al.Table.from_pylist([{"problem": "p", "answer": "5"}]), "gsm8k")
+    assert ev.load_problems("gsm8k")[0]["answer"] == "5"
+
+
+def test_data_sets_of_the_hub_come_by_their_short_names(monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+    rows = [{"question": "p", "answer": "5"}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *where, split: asked.append((*where, split)) or rows)
+    for name in ("math500", "gsm8k", "org/some-set"):
+        assert ev.load_problems(name)[0]["problem"] == "p"
+    assert asked == [("HuggingFaceH4/MATH-500", None, "test"), ("openai/gsm8k", "main", "test"),
+                     ("org/some-set", None, "test")]
+
+
+def test_arithmetic_is_right_and_its_held_out_rows_are_never_in_a_training_set():
+    train, test = ev.arithmetic(5000, seed=1), ev.arithmetic(500, seed=2, held_out=True)
+    assert not {row["problem"] for row in train} & {row["problem"] for row in test}
+    assert train == ev.arithmetic(5000, seed=1) != ev.arithmetic(5000, seed=3)
+    for row in train + test:
+        assert eval(row["problem"][:-2]) == int(row["answer"]) and ev.extract(row["solution"]) == row["answer"]
+    assert 100 < len({row["problem"] for row in test}) < 200 < 400 < len({row["problem"] for row in train})
+
+
+def scored(number, score, answer="1", **more):
+    return {"number": number, "score": float(score), "answer": answer, "verdict": "right" if score else "wrong",
+            "finish_reason": "stop", "tokens": 10} | more
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in (1, 4, 6):
+        for right in range(n + 1):
+            for k in range(1, n + 1):
+                subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+                assert math.isclose(ev.pass_at_k(n, right, k), np.mean([any(s) for s in subsets]), abs_tol=1e-12)
+
+
+def test_the_error_of_a_score_counts_problems_not_samples():
+    rows = [scored(i, i % 2) for i in range(100) for _ in range(8)]        # each problem always right or always wrong
+    mean, error = ev.summarize(rows)["pass@1"]
+    assert mean == 0.5 and math.isclose(error, np.std([0, 1] * 50, ddof=1) / 10)
+    assert ev.summarize(rows)["mean@8"] == (mean, error)
+
+
+def test_errors_are_as_large_as_they_say():
+    rng, misses, shift = np.random.default_rng(0), 0, 0.1
+    for _ in range(80):
+        skill = rng.uniform(0, 0.9, 100)
+        first = [scored(i, rng.random() < p) for i, p in enumerate(skill) for _ in range(8)]
+        second = [scored(i, rng.random() < p + shift) for i, p in enumerate(skill) for _ in range(8)]
+        mean, error = ev.summarize(first)["pass@1"]
+        misses += abs(mean - 0.45) > 1.96 * error
+        difference, its_error = ev.compare(first, second)["pass@1"]
+        misses += abs(difference - shift) > 1.96 * its_error
+        assert its_error < error                                           # the difference is known better than either
+    assert 1 <= misses <= 18, misses                                       # 5% of 160, within 3.6 standard deviations
+
+
+def test_majority_counts_spellings_of_one_number_as_one_vote():
+    vote = ev.majority
+    assert vote([scored(0, 1, "0.5"), scored(0, 1, "\\frac12"), scored(0, 0, "3")]) == 1
+    assert vote([scored(0, 1, "0.5"), scored(0, 0, "3"), scored(0, 0, "3")]) == 0
+    assert vote([scored(0, 1, "0.5"), scored(0, 0, "3")]) == 0.5           # by lot
+    assert vote([scored(0, 0, None), scored(0, 0, None), scored(0, 1, "5")]) == 1
+    assert vote([scored(0, 0, None)]) == 0
+
+
+def test_truncated_and_unparsed_are_told_apart_and_groups_add_up():
+    rows = [scored(0, 1, subject="Algebra", level="1"), scored(1, 0, subject="Algebra", level="2"),
+            scored(2, 0, None, verdict="unparsed", finish_reason="length", subject="Geometry", level="2"),
+            scored(3, 0, None, verdict="unparsed", subject="Geometry", level="2")]
+    means = {name: mean for name, (mean, _) in ev.summarize(rows).items()}
+    assert (means["truncated"], means["unparsed"], means["pass@1"]) == (0.25, 0.25, 0.25)
+    assert (means["subject Algebra"], means["subject Geometry"], means["level 1"], means["level 2"]) == (0.5, 0, 1, 0)
+    assert "maj@1" not in means and "+25.0 ± " in ev.report({"a": rows, "b": [row | {"score": 1.0} if row["number"] == 1
+                                                                              else row for row in rows]})
+
+
+def test_show_prints_every_value_of_any_arrow_file(tmp_path, capsys):
+    rows = [scored(i, i % 2, text="line one\nline two", logprobs=[0.5] * 7, reward=1 / 3) for i in range(4)]
+    al.write(al.Table.from_pylist(rows), tmp_path / "rollouts.arrow")
+    ev.show(str(tmp_path / "rollouts.arrow"), verdict="right", start=2)
+    printed = capsys.readouterr().out
+    assert printed.count("row ") == 1 and "row 3 of 4" in printed and "logprobs: 7 values" in printed
+    assert "text:\n    line one\n    line two" in printed and "reward: 0.3333" in printed
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory):
+    from parallel import tiny_model
+    folder = tmp_path_factory.mktemp("models")
+    return [str(tiny_model(folder / f"m{i}", seed=i, hidden_size=64, num_hidden_layers=2)) for i in range(2)]
+
+
+def test_two_models_are_evaluated_side_by_side_from_the_command_line(two_models, tmp_path):
+    command = [sys.executable, HERE / "evaluate.py", "--data", "sums.jsonl", "--n", "2", "--max-tokens", "8", "--out",
+               "out", "--model"]
+    subprocess.run([sys.executable, HERE / "evaluate.py", "arithmetic", "--n", "5", "--out", "sums.jsonl",
+                    "--held-out"], cwd=tmp_path, check=True, timeout=120)
+
+    def go(*more):
+        return subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    refused = go("nowhere")
+    assert refused.returncode and "no model in nowhere" in refused.stderr and not (tmp_path / "out").exists()
+    done = go(two_models[0])
+    assert done.returncode == 0, done.stderr
+    refused = go(*two_models)
+    assert refused.returncode and "holds another run" in refused.stderr
+    refused = go(*two_models, "--resume", "--temperature", "0")
+    assert refused.returncode and "was made with temperature = 0.6" in refused.stderr
+    files = {path: path.stat().st_mtime for path in (tmp_path / "out").glob("*.arrow")}
+    done = go(*two_models, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert all(path.stat().st_mtime == when for path, when in files.items())          # not made again
+    tables = [al.read(path) for path in sorted((tmp_path / "out").glob("*.arrow"))]
+    assert [len(table) for table in tables] == [10, 10] and set(tables[0].column_names) == set(ev.SAMPLE)
+    assert (tmp_path / "out" / "scores.png").read_bytes()[:4] == b"\x89PNG"
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert set(scores) == {"m0", "m1"} and {"pass@1", "mean@2", "pass@2", "maj@2"} <= set(scores["m0"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["n"] == 2
+
+
+def test_one_engine_or_two_give_the_same_samples_and_another_seed_others(fresh_actors, two_models):
+    problems = ev.arithmetic(4, held_out=True)
+    tables = []
+    for engines, few, seed in ((0, 4, 0), (2, 4, 0), (0, 2, 1)):           # 0: one on the CPU; 2: each has its own GPU
+        small_ray.init(num_cpus=2, num_gpus=engines)
+        tables.append(ev.evaluate(two_models[0], problems[:few], n=2, max_tokens=12, seed=seed)[0])
+        small_ray.shutdown()
+    texts = [table["text"].to_pylist() for table in tables]
+    assert texts[0] == texts[1] and texts[0][:4] != texts[2] and len(set(texts[0])) > 4
+    assert tables[0]["number"].to_pylist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    with pytest.raises(FileNotFoundError, match="no model in /nowhere/at/all"):
+        ev.evaluate("/nowhere/at/all", problems)
+
+
+def test_demo_of_evaluate():
+    done = subprocess.run([sys.executable, HERE / "evaluate.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "graders were killed" in done.stdout and "better pupil" in done.stdout
+
+
+@needs_problems
+@pytest.mark.slow
+def test_a_real_model_answers_gsm8k_greedily_as_transformers_does(fresh_actors, tmp_path):
+    """SmolLM2-135M, 50 questions: minutes on two cores. It knows no boxes, so most of its answers do not parse."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    folder, tool = Path(tempfile.gettempdir()) / "smollm2", PROBLEMS.parent / "tools" / "get_smollm2.py"
+    if not (folder / "model.safetensors").exists():
+        folder = tmp_path / "smollm2"
+        made = subprocess.run([sys.executable, tool, folder], capture_output=True, text=True, timeout=900)
+        if made.returncode:
+            pytest.skip(f"no model: {made.stderr[-300:]}")
+    problems = ev.load_problems(str(PROBLEMS / "gsm8k_test.jsonl"))[:50]
+    table, summary = ev.evaluate(str(folder), problems, temperature=0.0, max_tokens=128, device="cpu")
+    small_ray.shutdown()
+    assert summary["not graded"][0] == 0 and len(table) == 50
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                            # beside other work, two wait for each other at every product
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    texts = [tokenizer.apply_chat_template(ev.chat_messages(problem["problem"]), tokenize=False,
+                                           add_generation_prompt=True) for problem in problems]
+    for start in (0, 25):
+        prompt = tokenizer(texts[start:start + 25], return_tensors="pt", padding=True, add_special_tokens=False)
+        tokens = model.generate(**prompt, max_new_tokens=128, do_sample=False)[:, prompt.input_ids.shape[1]:]
+        assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == table["text"].to_pylist()[start:start + 25]
+    torch.set_num_threads(threads)
 
 
 # --- the house -------------------------------------------------------------------------------------------------------
