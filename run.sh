@@ -15,6 +15,7 @@ usage: bash run.sh [STAGE]
   engine      the demo of engine.py: a paged generator; on a GPU, how fast it is
   evaluate    the demo of evaluate.py: problems, answers, grades, scores
   sft         the demo of sft.py: a tiny model learns sums, then preferences
+  ppo         the demo of ppo.py: a tiny model learns from its own samples
   test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
   setup       only install what the other stages need
   help        this text
@@ -113,7 +114,7 @@ case "${1:-pipeline}" in
         stage setup setup test
         run_tests "$@"
         ;;
-    arrowlite | actors | kernels | engine | evaluate | sft)
+    arrowlite | actors | kernels | engine | evaluate | sft | ppo)
         stage setup setup
         stage "$1" python "$1.py"
         ;;
@@ -130,6 +131,7 @@ case "${1:-pipeline}" in
         stage engine python engine.py
         stage evaluate python evaluate.py
         stage sft python sft.py
+        stage ppo python ppo.py
         ;;
     *)
         echo "run.sh: there is no stage '$1'" >&2

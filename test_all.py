@@ -32,6 +32,7 @@ import time
 import traceback
 import tracemalloc
 import warnings
+from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,7 @@ import engine as E
 import evaluate as ev
 import kernels as K
 import parallel as P
+import ppo
 import sft
 from engine import LLM, SamplingParams
 
@@ -5841,6 +5843,890 @@ def test_a_real_model_answers_gsm8k_greedily_as_transformers_does(fresh_actors, 
         tokens = model.generate(**prompt, max_new_tokens=128, do_sample=False)[:, prompt.input_ids.shape[1]:]
         assert tokenizer.batch_decode(tokens, skip_special_tokens=True) == table["text"].to_pylist()[start:start + 25]
     torch.set_num_threads(threads)
+
+
+# --- ppo.py ----------------------------------------------------------------------------------------------------------
+
+# The oracles below are written from the papers' formulas, over Python lists of the actions that count: no masks, no
+# padding, no tensors but where a gradient is wanted.
+
+LEAST = 1e-12
+torch.set_num_threads(1)                                    # many small tensors: a second thread would only wait
+
+
+def noise(*shape, seed=0, scale=1.0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+
+
+def some_mask(rows=5, slots=9, seed=0, holes=True):
+    """Rows of different lengths, one of them without any action, with holes in between (what a tool wrote, say)."""
+    lengths = torch.tensor([slots, 1, 0, 4, 7][:rows])
+    mask = torch.arange(slots) < lengths[:, None]
+    return mask & (noise(rows, slots, seed=seed + 50) > -0.7) if holes else mask
+
+
+def poisoned(x, mask, poison):
+    return torch.where(mask, x, torch.full_like(x, poison))
+
+
+def rows_of(x, mask):
+    return [[float(v) for v, m in zip(row, keep) if m] for row, keep in zip(x.tolist(), mask.tolist())]
+
+
+def packed(rows, mask):
+    """Lists a row back into the slots of the mask."""
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        if row:
+            out[i, mask[i]] = torch.tensor(row, dtype=torch.float64)
+    return out
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9, -math.inf])
+@pytest.mark.parametrize("gamma,lam", [(1.0, 1.0), (1.0, 0.0), (0.97, 0.9), (0.0, 0.5), (0.83, 1.0)])
+def test_gae_is_the_double_sum_over_later_errors(gamma, lam, poison):
+    for seed in range(5):
+        mask, rewards, values = some_mask(seed=seed), noise(5, 9, seed=seed), noise(5, 9, seed=seed + 1)
+        behind = noise(5, seed=seed + 2) * torch.tensor([1.0, 0, 1, 0, 1])          # three rows are cut, two end
+        want = []
+        for r, v, end in zip(rows_of(rewards, mask), rows_of(values, mask), behind.tolist()):
+            following = [*v[1:], end]
+            delta = [r[t] + gamma * following[t] - v[t] for t in range(len(r))]
+            want.append([sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(r))) for t in range(len(r))])
+        got = ppo.gae(poisoned(rewards, mask, poison), poisoned(values, mask, poison), mask, behind, gamma, lam)
+        assert (got - packed(want, mask)).abs().max() < LEAST
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9])
+def test_whitening_is_over_all_actions_of_the_batch(poison):
+    mask, x = some_mask(), noise(5, 9) * 3 + 7
+    flat = [v for row in rows_of(x, mask) for v in row]
+    mean = sum(flat) / len(flat)
+    variance = sum((v - mean) ** 2 for v in flat) / len(flat)
+    want = [[(v - mean) / math.sqrt(variance + 1e-8) for v in row] for row in rows_of(x, mask)]
+    assert (ppo.whiten(poisoned(x, mask, poison), mask) - packed(want, mask)).abs().max() < LEAST
+
+
+def test_whitening_of_nothing_and_of_equal_values_is_zero():
+    assert ppo.whiten(noise(2, 3), torch.zeros(2, 3, dtype=torch.bool)).eq(0).all()
+    assert ppo.whiten(torch.full((2, 3), 5.0), torch.ones(2, 3, dtype=torch.bool)).abs().max() < 1e-6
+
+
+def group_oracle(kind, rewards, groups):
+    """Lists of rewards a row, and the number of each row's group."""
+    scores, out = [sum(row) for row in rewards], []
+    for i, row in enumerate(rewards):
+        others = [scores[j] for j in range(len(rewards)) if groups[j] == groups[i]]
+        n, mean = len(others), sum(others) / len(others)
+        if kind == "reinforce++":
+            out.append([sum(row[t:]) - (mean if n > 1 else 0) for t in range(len(row))])
+        elif n == 1:
+            out.append([0.0] * len(row))
+        elif kind == "rloo":
+            out.append([scores[i] - (sum(others) - scores[i]) / (n - 1)] * len(row))
+        else:
+            std = math.sqrt(sum((s - mean) ** 2 for s in others) / (n - 1))
+            out.append([(scores[i] - mean) / (std + 1e-6)] * len(row))
+    if kind == "reinforce++":
+        flat = [v for row in out for v in row]
+        mean = sum(flat) / len(flat)
+        spread = math.sqrt(sum((v - mean) ** 2 for v in flat) / len(flat) + 1e-8)
+        out = [[(v - mean) / spread for v in row] for row in out]
+    return out
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9])
+@pytest.mark.parametrize("groups", [[0, 0, 1, 1, 1], [3, 1, 3, 3, 0], [0, 1, 2, 3, 4], [2, 2, 2, 2, 2]])
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "reinforce++"])
+def test_groups_are_measured_against_themselves_however_large(kind, groups, poison):
+    mask, rewards = some_mask(), noise(5, 9)
+    want = packed(group_oracle(kind, rows_of(rewards, mask), groups), mask)
+    got = ppo.group_advantages(kind, poisoned(rewards, mask, poison), mask, torch.tensor(groups))
+    assert (got - want).abs().max() < LEAST
+
+
+def config(**changes):
+    return ppo.Config(**({"clip_low": 0.2, "clip_high": 0.2, "dual_clip": 0.0, "cap": 2.0} | changes))
+
+
+def clip(x, low, high):
+    return min(max(x, low), high)
+
+
+def objective_oracle(name, pi, prox, advantage, c):
+    """The loss of each action of one row; pi is a list of scalar tensors, so that autograd differentiates formulas."""
+    out = []
+    for t in range(len(pi)):
+        ratio = torch.exp(pi[t] - prox[t])
+        if name == "gspo":
+            ratio = torch.exp(sum(p - q for p, q in zip(pi, prox)) / len(pi))
+        a = advantage[t]
+        inside = torch.clamp(ratio, 1 - c.clip_low, 1 + c.clip_high)
+        if name == "cispo":
+            out.append(-float(inside) * a * pi[t])
+            continue
+        surrogate = ratio * a if float(ratio * a) <= float(inside * a) else inside * a
+        if c.dual_clip and a < 0 and float(surrogate) < c.dual_clip * a:
+            surrogate = torch.tensor(c.dual_clip * a, dtype=torch.float64)
+        out.append(-surrogate)
+    return out
+
+
+def aggregate_oracle(losses, how, longest):
+    """One number from lists of losses a row; rows without actions are no rows."""
+    losses = [row for row in losses if row]
+    if how == "token-mean":
+        return sum(x for row in losses for x in row) / sum(map(len, losses))
+    divisors = {"seq-mean-token-mean": len, "seq-mean-token-sum": lambda row: 1,
+                "seq-mean-token-norm": lambda row: longest}
+    return sum(sum(row) / divisors[how](row) for row in losses) / len(losses)
+
+
+def k_oracle(kind, pi, reference):
+    ratio = torch.exp(reference - pi)
+    return {"k1": -torch.log(ratio), "k2": torch.log(ratio) ** 2 / 2, "k3": (ratio - 1) - torch.log(ratio)}[kind]
+
+
+SETTINGS = {
+    "ppo": dict(), "clip-higher": dict(clip_low=0.1, clip_high=0.4), "dual clip": dict(dual_clip=1.5),
+    "gspo": dict(objective="gspo", clip_low=0.05, clip_high=0.1), "cispo": dict(objective="cispo", clip_high=0.5),
+    "entropy": dict(entropy_coef=0.3), "k2": dict(kl="k2", kl_coef=0.2), "k3": dict(kl="k3", kl_coef=0.2),
+    "k1 stays out of the loss": dict(kl="k1", kl_coef=9.0), "all": dict(
+        objective="ppo", clip_high=0.3, dual_clip=2.0, kl="k3", kl_coef=0.1, entropy_coef=0.05, cap=1.1)}
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9])
+@pytest.mark.parametrize("how", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-norm"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_objective_has_the_value_and_gradient_of_its_formula(setting, how, poison):
+    c, mask = config(**SETTINGS[setting]), some_mask()
+    named = {name: noise(5, 9, seed=i, scale=0.5) for i, name in enumerate(("pi", "prox", "mu", "reference"))}
+    named |= {"advantages": noise(5, 9, seed=7), "entropy": noise(5, 9, seed=8).exp()}
+
+    lists = {name: rows_of(x, mask) for name, x in named.items()}
+    leaves = [[torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in row] for row in lists["pi"]]
+    spread = [[torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in row] for row in lists["entropy"]]
+    losses = []
+    for i, pi in enumerate(leaves):
+        prox, mu, reference = (lists[name][i] for name in ("prox", "mu", "reference"))
+        row = objective_oracle(c.objective, pi, prox, lists["advantages"][i], c)
+        row = [min(math.exp(p - m), c.cap) * x for x, p, m in zip(row, prox, mu)]
+        if c.kl in ("k2", "k3"):
+            row = [x + c.kl_coef * k_oracle(c.kl, p, r) for x, p, r in zip(row, pi, reference)]
+        losses.append([x - c.entropy_coef * h for x, h in zip(row, spread[i])])
+    want = aggregate_oracle(losses, how, 11)
+    flat = [x for row in leaves + spread for x in row]
+    gradient = torch.autograd.grad(want, flat, allow_unused=True)
+    gradient = [0.0 if g is None else float(g) for g in gradient]
+
+    ours = {name: poisoned(x, mask, poison).requires_grad_() for name, x in named.items()}
+    loss, _ = ppo.policy_loss(ours["pi"], ours["entropy"], ours | {"mask": mask}, c)
+    total = (loss * ppo.loss_weights(mask, how, 11)).sum()
+    total.backward()
+    assert abs(float(total - want)) < LEAST
+    got = [*ours["pi"].grad[mask].tolist(), *ours["entropy"].grad[mask].tolist()]
+    assert max(abs(a - b) for a, b in zip(got, gradient)) < LEAST and len(got) == len(gradient)
+    assert ours["pi"].grad[~mask].eq(0).all() and ours["entropy"].grad[~mask].eq(0).all()
+    assert ours["mu"].grad is None                      # the weight is detached
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9])
+@pytest.mark.parametrize("reach", [0.0, 0.2])
+def test_the_value_loss_and_its_clipping_follow_their_formula(reach, poison):
+    c, mask = config(value_clip=reach), some_mask()
+    values, old, returns = (noise(5, 9, seed=i) for i in range(3))
+    want, gradient = [], []
+    for v, o, r in zip(*(rows_of(x, mask) for x in (values, old, returns))):
+        row = []
+        for a, b, goal in zip(v, o, r):
+            near = clip(a, b - reach, b + reach) if reach else a
+            row.append(max((a - goal) ** 2, (near - goal) ** 2) / 2)
+            moves = abs(a - goal) >= abs(near - goal)               # else it is clipped: no gradient
+            gradient.append(a - goal if moves else 0.0)
+        want.append(row)
+    x = poisoned(values, mask, poison).requires_grad_()
+    part = {"mask": mask, "values": poisoned(old, mask, poison), "returns": poisoned(returns, mask, poison)}
+    loss, clipped = ppo.value_loss(x, part, c)
+    loss.sum().backward()
+    assert (loss - packed(want, mask)).abs().max() < LEAST
+    assert max(abs(a - b) for a, b in zip(x.grad[mask].tolist(), gradient)) < LEAST and x.grad[~mask].eq(0).all()
+    assert clipped.sum() == gradient.count(0.0)
+
+
+def exact_kl(p, q):
+    return sum(a * torch.log(a / b) for a, b in zip(p, q))
+
+
+def test_estimators_have_the_gradients_they_are_documented_to_have_on_five_tokens():
+    logits, q = noise(5, seed=3).requires_grad_(), noise(5, seed=4).softmax(0)
+
+    def gradient(of):
+        return torch.autograd.grad(of(logits.softmax(0)), logits)[0]
+
+    forward, backward = gradient(lambda p: exact_kl(p, q)), gradient(lambda p: exact_kl(q, p))
+    zero = torch.zeros(5, dtype=torch.float64)
+    for kind, want in (("k1", zero), ("k2", forward), ("k3", backward)):      # expectation over samples of pi
+        got = gradient(lambda p, kind=kind: (p.detach() * ppo.kl_estimate(kind, p.log(), q.log())).sum())
+        assert (got - want).abs().max() < LEAST, kind
+        value = (logits.softmax(0) * ppo.kl_estimate(kind, logits.log_softmax(0), q.log())).sum()
+        if kind != "k2":                                                        # k1 and k3 are unbiased
+            assert abs(float(value - exact_kl(logits.softmax(0), q))) < LEAST
+
+
+def test_k1_in_the_reward_gives_the_gradient_of_the_kl_on_five_tokens():
+    """One row a token, each weighed by its probability: what sampling does on average."""
+    logits, q, coef = noise(5, seed=3).requires_grad_(), noise(5, seed=4).softmax(0), 0.3
+    p = logits.softmax(0)
+    one = torch.ones(5, 1, dtype=torch.bool)
+    penalty = coef * ppo.kl_estimate("k1", p.detach().log(), q.log())[:, None]
+    rewards = ppo.token_rewards(torch.zeros(5, dtype=torch.float64), one, penalty)
+    part = {"mask": one, "prox": p.detach().log()[:, None], "mu": p.detach().log()[:, None], "advantages": rewards}
+    loss, _ = ppo.policy_loss(p.log()[:, None], torch.zeros_like(rewards), part, config())
+    got = torch.autograd.grad((p.detach()[:, None] * loss).sum(), logits)[0]
+    want = torch.autograd.grad(coef * exact_kl(logits.softmax(0), q), logits)[0]
+    assert (got - want).abs().max() < LEAST
+
+
+def test_a_single_minibatch_still_carries_its_correction():
+    """At the first step pi = prox, so nothing is clipped, and the gradient is that of -min(prox / mu, C) A log pi."""
+    mask, prox, mu = some_mask(), noise(5, 9, seed=1), noise(5, 9, seed=2)
+    pi, a = prox.clone().requires_grad_(), noise(5, 9, seed=3)
+    loss, clipped = ppo.policy_loss(pi, pi.detach(), {"mask": mask, "prox": prox, "mu": mu, "advantages": a}, config())
+    loss.sum().backward()
+    assert (pi.grad - torch.where(mask, -(prox - mu).exp().clamp(max=2) * a, 0)).abs().max() < LEAST
+    assert not clipped.any() and (prox - mu > math.log(2)).logical_and(mask).any()
+
+
+def test_where_mu_is_prox_the_loss_is_that_of_ppo():
+    mask, pi, prox, a = some_mask(), *(noise(5, 9, seed=i, scale=0.4) for i in range(3))
+    part = {"mask": mask, "prox": prox, "mu": prox, "advantages": a}
+    loss, _ = ppo.policy_loss(pi, pi, part, config())
+    ratio = (pi - prox).exp()
+    want = -torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    assert (loss - torch.where(mask, want, 0)).abs().max() < LEAST
+
+
+def test_the_overlong_penalty_falls_from_0_to_minus_1_over_the_buffer():
+    lengths = torch.tensor([1.0, 80, 81, 90, 99, 100])
+    assert torch.allclose(ppo.overlong_penalty(lengths, 100, 20), torch.tensor([0, 0, -0.05, -0.5, -0.95, -1.0]))
+    assert ppo.overlong_penalty(lengths, 100, 0).eq(0).all()
+
+
+@pytest.mark.parametrize("poison", [0.0, math.nan, 1e9])
+def test_the_reward_sits_on_the_last_action_and_the_penalty_on_each(poison):
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    penalty = poisoned(torch.full((4, 4), 0.25), mask, poison)
+    got = ppo.token_rewards(torch.tensor([1.0, -1, 0.5, 7]), mask, penalty)
+    assert torch.equal(got, torch.tensor([[-.25, -.25, .75, 0], [-1.25, 0, 0, 0], [-.25, .25, 0, 0], [0, 0, 0, 0]]))
+
+
+# Rollouts by hand: a prompt of 2 tokens and a response that ends; one of a single token; one that was cut off.
+
+END = 258                                                     # ends a turn, in the vivid model
+
+
+def rollout(prompt, response, reward=0.0, group=0, finish="stop", version=0, logprobs=None):
+    logprobs = [-1.0 - 0.1 * t for t in range(len(response))] if logprobs is None else logprobs
+    return {"prompt_ids": np.array(prompt, np.int32), "response_ids": np.array(response, np.int32),
+            "logprobs": np.array(logprobs, np.float32), "versions": np.full(len(response), version, np.int32),
+            "reward": reward, "finish_reason": finish, "group": group, "began": 0.0, "ended": 1.0, "problem": "?",
+            "row": group}
+
+
+def three_rows():
+    return ppo.arrowlite.Table.from_pylist([
+        rollout([10, 11], [20, 21, END], 1.0, group=7), rollout([12], [END], 0.5, group=9),
+        rollout([13, 14, 15], [30, 31], -1.0, group=7, finish="length", version=2)])
+
+
+def test_three_rows_are_laid_out_as_by_hand():
+    batch = ppo.lay_out(three_rows(), "cpu")
+    assert [x.tolist() for x in batch["tokens"]] == [[10, 11, 20, 21, END], [12, END], [13, 14, 15, 30, 31]]
+    assert batch["mask"].int().tolist() == [[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 0, 0]]        # END is an action
+    assert batch["filled"].int().tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert torch.allclose(batch["mu"], torch.tensor([[-1, -1.1, -1.2, 0], [-1, 0, 0, 0], [-1, -1.1, 0, 0]]).double())
+    assert batch["versions"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0], [2, 2, 0, 0]]
+    assert batch["cut"].tolist() == [False, False, True] and batch["groups"].tolist() == [0, 1, 0]
+    assert batch["lengths"].tolist() == [3, 1, 2] and batch["score"].tolist() == [1, 0.5, -1]
+    micro = ppo.micro_batch(batch, [0, 2, 1])
+    assert micro["tokens"].tolist() == [10, 11, 20, 21, END, 13, 14, 15, 30, 31, 12, END]
+    assert micro["positions"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert micro["cu_seqlens"].tolist() == [0, 5, 10, 12] and micro["max_seqlen"] == 5
+    assert micro["at"].tolist() == [1, 2, 3, 4, 7, 8, 9, 10, 11]            # before each action, and behind the last
+    assert micro["targets"].tolist() == [20, 21, END, -100, 30, 31, -100, END, -100]
+    numbers = torch.arange(9.0) + 1
+    assert ppo.spread(numbers, batch["filled"][micro["rows"]]).tolist() == [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 0, 0]]
+
+
+@pytest.fixture(scope="session")
+def vivid(tmp_path_factory):
+    """A small random model whose distributions are far from uniform."""
+    folder = tmp_path_factory.mktemp("models") / "vivid"
+    return str(ppo.tiny_model(folder, seed=1, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                              initializer_range=0.2))
+
+
+def test_numbers_are_read_one_place_before_the_action_and_at_the_temperature(vivid):
+    c, batch = config(temperature=0.7), ppo.lay_out(three_rows(), "cpu")
+    model = ppo.Qwen3.from_pretrained(vivid, dtype=torch.float64)
+    critic = ppo.Qwen3.from_pretrained(vivid, dtype=torch.float64, value_head=True)
+    score = noise(1, 64, seed=4)
+    critic.load_hf({**dict(critic.hf_tensors()), "score.weight": score})
+    found, values = ppo.measure(model, batch, c), ppo.measure(critic, batch, c)
+    for row, tokens in enumerate(batch["tokens"]):
+        ends = torch.tensor([0, len(tokens)], dtype=torch.int32)
+        with torch.no_grad():
+            hidden = model(tokens, torch.arange(len(tokens)), ppo_packed(ends))
+        prompt = batch["prompt_lens"][row]
+        for t in range(len(tokens) - prompt):
+            want = torch.log_softmax(model.logits(hidden)[prompt + t - 1] / 0.7, 0)[tokens[prompt + t]]
+            assert abs(float(found[row, t] - want)) < LEAST
+        for t in range(len(tokens) - prompt + 1):
+            assert abs(float(values[row, t] - hidden[prompt + t - 1] @ score[0])) < LEAST
+    assert found[~batch["mask"]].eq(0).all() and values[~batch["filled"]].eq(0).all()
+
+
+def ppo_packed(ends):
+    import parallel
+    return parallel.packed(ends)
+
+
+@pytest.mark.parametrize("truncated,want", [("end", -1.0), ("bootstrap", -1 + 0.9 * 5)])
+def test_a_response_that_was_cut_ends_there_or_goes_on_as_the_critic_sees_it(truncated, want):
+    c, batch = config(truncated=truncated, gamma=0.9, lam=1.0), ppo.lay_out(three_rows(), "cpu")
+    batch["values"] = torch.tensor([[1.0, 1, 1, 7], [2, 8, 0, 0], [3, 4, 5, 0]]).double()    # the last ones: behind
+    batch["prox"] = batch["mu"]
+    ppo.estimate(batch, c)
+    returns = [[0.81, 0.9, 1, 0], [0.5, 0, 0, 0], [0.9 * want, want, 0, 0]]         # stop: what is behind is worth 0
+    assert torch.allclose(torch.where(batch["mask"], batch["returns"], 0), torch.tensor(returns).double())
+    flat = torch.tensor([0.81 - 1, -0.1, 0, 0.5 - 2, 0.9 * want - 3, want - 4]).double()
+    flat = (flat - flat.mean()) / (flat.var(correction=0) + 1e-8).sqrt()
+    assert torch.allclose(batch["advantages"][batch["mask"]], flat)
+
+
+def test_cut_rows_and_equal_groups_teach_nothing_when_asked_so():
+    rows = [rollout([1], [2, END], r, group=g, finish=f) for r, g, f in [
+        (1.0, 0, "stop"), (0.0, 0, "stop"), (1.0, 1, "stop"), (1.0, 1, "length"), (0.0, 2, "length"), (1.0, 2, "stop")]]
+    for changes, taught in [({"truncated": "mask"}, [1, 1, 1, 0, 0, 1]), ({"drop_equal": True}, [1, 1, 0, 0, 1, 1]),
+                            ({"drop_equal": True, "truncated": "mask"}, [1, 1, 0, 0, 0, 1])]:
+        c, table = config(advantage="grpo", samples=2, **changes), ppo.arrowlite.Table.from_pylist(rows)
+        batch = ppo.lay_out(table, "cpu")
+        ppo.estimate(batch, c)
+        assert batch["mask"].any(1).int().tolist() == taught
+        parts = ppo.minibatches(batch, config(minibatches=2), 3, 0)
+        assert sorted(sum(parts, [])) == [i for i, one in enumerate(taught) if one]
+        assert all(abs(float(batch["weights"][part].sum()) - 1) < LEAST for part in parts)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
+@pytest.mark.parametrize("poison", [math.nan, 1e9])
+def test_what_stands_in_padding_changes_nothing(vivid, advantage, poison):
+    """Not the advantages, not the loss, not one bit of the parameters after an update."""
+    def trained(spoil):
+        c = config(advantage=advantage, kl="k1", kl_coef=0.1, entropy_coef=0.01, samples=2, minibatches=1,
+                   micro_tokens=7)
+        batch = ppo.lay_out(three_rows(), "cpu")
+        policy = ppo.Qwen3.from_pretrained(vivid, dtype=torch.float64)
+        critic = ppo.Qwen3.from_pretrained(vivid, dtype=torch.float64, value_head=True)
+        batch |= {"prox": ppo.measure(policy, batch, c), "values": ppo.measure(critic, batch, c) + 0.3}
+        batch["reference"] = batch["prox"] - 0.1
+        if spoil:
+            for name in ("mu", "prox", "reference", "values", "versions"):
+                batch[name] = torch.where(batch["filled"], batch[name], torch.tensor(poison, dtype=torch.float64))
+        ppo.estimate(batch, c)
+        log = ppo.Counter()
+        for rows in ppo.minibatches(batch, c, 0, 0):
+            for name, model, step in (("policy", policy, ppo.policy_step), ("critic", critic, ppo.value_step)):
+                if name == "policy" or advantage == "gae":
+                    ppo.update(ppo.Learner(name, model, ppo.AdamW(model), 1e-2, step), batch, rows, 1.0, c, log)
+        numbers = ppo.describe(batch, log, c, 3, policy.mesh)
+        return numbers, [x.clone() for model in (policy, critic) for _, x in model.hf_tensors()]
+
+    (numbers, clean), (spoilt_numbers, spoilt) = trained(False), trained(True)
+    assert numbers == spoilt_numbers and all(torch.equal(a, b) for a, b in zip(clean, spoilt))
+
+
+def uneven_rollouts(path, n=12):
+    """Prompts of 1 to 30 tokens and responses of 1 to 40, a few of which have most of the tokens."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        response = rng.integers(0, 250, 1 + (39 if i % 5 == 0 else int(rng.integers(6))))
+        rows.append(rollout(rng.integers(0, 250, 1 + int(rng.integers(30))), response, float(rng.normal()), i // 3,
+                            "length" if i == 5 else "stop", logprobs=rng.normal(-5, 1, len(response))))
+    ppo.arrowlite.write(ppo.arrowlite.Table.from_pylist(rows), path)
+    return str(path)
+
+
+def three_steps(model, replay, out, settings):
+    ppo.train(ppo.Config(model=model, replay=replay, out=str(out), dtype="float64", minibatches=3, samples=3, lr=1e-3,
+                         critic_lr=1e-3, warmup=0, kl="k3", kl_coef=0.1, entropy_coef=0.01, **settings))
+
+
+def weights_of(out, model, value_head):
+    """A checkpoint of any layout, as one process reads it."""
+    read = ppo.Qwen3.from_pretrained(model, dtype=torch.float64, value_head=value_head)
+    ppo.load(out / "checkpoints" / ("critic" if value_head else "policy"), read)
+    return {name: x.clone() for name, x in read.hf_tensors()}
+
+
+def assert_equal_weights(out, other, model):
+    """Of the newest checkpoints of two runs, bit by bit."""
+    for value_head in (False, True):
+        ours, theirs = weights_of(out, model, value_head), weights_of(other, model, value_head)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("algorithm", [{"truncated": "bootstrap"}, {
+    "advantage": "reinforce++", "objective": "gspo", "aggregate": "seq-mean-token-mean"}], ids=["ppo", "gspo"])
+def test_every_layout_learns_the_same(vivid, tmp_path, algorithm):
+    """Three steps in fp64, with the critic: rows alone or packed, over dp with very uneven tokens, over tp and pp."""
+    replay = uneven_rollouts(tmp_path / "rollouts.arrow")
+    layouts = {"one": (1, {}), "rows alone": (1, {"micro_tokens": 1}), "dp4": (4, {"micro_tokens": 50}),
+               "tp2": (2, {"tp": 2}), "pp2": (2, {"pp": 2, "micro_tokens": 40}),
+               "dp2 pp2 tp2": (8, {"tp": 2, "pp": 2, "micro_tokens": 60})}
+    found = {}
+    for name, (world, settings) in layouts.items():
+        out = tmp_path / name
+        on_ranks(world, three_steps, vivid, replay, out, settings | algorithm, timeout=240)
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        numbers = {k: v for k, v in lines[0].items() if "second" not in k and "per_s" not in k}
+        kinds = [False] if "advantage" in algorithm else [False, True]
+        found[name] = numbers, {(kind, k): x for kind in kinds for k, x in weights_of(out, vivid, kind).items()}
+    numbers, weights = found.pop("one")
+    start = dict(ppo.Qwen3.from_pretrained(vivid, dtype=torch.float64).hf_tensors())
+    assert max((weights[False, k] - x).abs().max() for k, x in start.items()) > 1e-3                # it did learn
+    for name, (others, theirs) in found.items():
+        worst = max((weights[k] - theirs[k]).abs().max() for k in weights)
+        assert worst < 1e-10 and theirs.keys() == weights.keys(), (name, worst)
+        assert all(abs(numbers[k] - others[k]) < 1e-10 for k in numbers), (name, numbers, others)
+
+
+# The machinery: small runs through all of it, with rewards that any random model can get.
+
+REWARD = '''
+import os, random, time
+
+def odd(response, row):
+    return sum(ord(x) % 2 for x in response) / (len(response) or 1)
+
+def slow(response, row):
+    time.sleep(random.random() * 0.05)
+    return odd(response, row)
+
+def throws(response, row):
+    return 1 / (row["row"] - 3)
+
+def nan(response, row):
+    return float("nan") if row["row"] == 3 else 0.0
+
+def dies(response, row):
+    os.kill(os.getpid(), 9)
+'''
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory):
+    """Twenty problems, and a file of reward functions."""
+    folder = tmp_path_factory.mktemp("task")
+    ppo.arrowlite.Table.from_pylist(ppo.arithmetic(20)).to_jsonl(folder / "problems.jsonl")
+    (folder / "rewards.py").write_text(REWARD)
+    return folder
+
+
+def short_run(vivid, task, out, **changes):
+    settings = dict(model=vivid, data=str(task / "problems.jsonl"), out=str(out), reward=f"{task}/rewards.py:odd",
+                    batch=4, samples=2, max_prompt=120, max_response=12, minibatches=2, lr=1e-3, critic_lr=1e-3,
+                    warmup=0, steps=3, staleness=0, runtime="inline", graders=1, device="cpu", save_every=100)
+    return ppo.Config(**settings | changes)
+
+
+def lines_of(out, timing=False):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in line.items() if "second" not in k and "per_s" not in k}
+                                 for line in lines]
+
+
+def versions_of(out, batch):
+    return [list(x) for x in ppo.arrowlite.read(Path(out) / "rollouts" / f"{batch:06d}.arrow")["versions"].to_pylist()]
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
+def test_engine_and_trainer_agree_on_every_logprob_and_after_every_sync(vivid, task, tmp_path, temperature):
+    c = short_run(vivid, task, tmp_path / "run", temperature=temperature)
+    with ppo.closing(ppo.prepare(c)) as r:
+        (generator,), = r.rollouts.generators
+        for step in range(3):
+            batch = ppo.lay_out(ppo.arrowlite.read(ppo.exchange(r, step)), "cpu")
+            assert (ppo.measure(r.policy.model, batch, c) - batch["mu"]).abs().max() < 1e-5
+            engine, ours = (dict(model.hf_tensors()) for model in (generator.instance.llm.model, r.policy.model))
+            assert engine.keys() == ours.keys() and all(torch.equal(engine[name], ours[name]) for name in ours)
+            assert generator.instance.version == step and set(sum(versions_of(c.out, step), [])) == {step}
+            before = ours["model.norm.weight"].clone()
+            numbers = ppo.learn(r, batch, step, ppo.Clock())
+            assert numbers["mismatch_kl"] < 1e-10 and abs(numbers["effective_sample"] - 1) < 1e-9
+            assert not torch.equal(before, dict(r.policy.model.hf_tensors())["model.norm.weight"])        # it moved
+
+
+def test_nothing_that_old_weights_left_in_the_cache_is_used_again(vivid, task, tmp_path):
+    """The same prompts under new weights give what a fresh engine gives, though their prefixes were cached before."""
+    c = short_run(vivid, task, tmp_path / "run")
+    with ppo.closing(ppo.prepare(c)) as r:
+        (generator,), = r.rollouts.generators
+        llm, samples = generator.instance.llm, r.rollouts.samples(0)
+        fresh, old = [dict(sample) for sample in samples], [dict(sample) for sample in samples]
+        r.rollouts.ray.get([generator.generate.remote(old, {"max_tokens": 12}, ppo.pack_weights(r.policy.model, 0))])
+        assert llm.scheduler.blocks.known                                           # something is cached
+        for name, x in r.policy.model.hf_tensors():
+            x += 0.05 * noise(*x.shape, seed=len(name)).float()
+        weights = ppo.pack_weights(r.policy.model, 1)
+        ours, theirs = (r.rollouts.ray.get([actor.generate.remote(s, {"max_tokens": 12}, weights)])[0] for actor, s in (
+            (generator, samples), (r.rollouts.spawn(0, [])[0], fresh)))
+        for a, b in zip(ours, theirs):
+            assert list(a["response_ids"]) == list(b["response_ids"])
+            assert np.allclose(a["logprobs"], b["logprobs"], atol=1e-5)
+
+
+def test_staleness_0_through_actors_is_the_synchronous_loop_bit_by_bit(vivid, task, tmp_path):
+    for runtime in ("inline", "actors"):
+        ppo.train(short_run(vivid, task, tmp_path / runtime, runtime=runtime, steps=5))
+    assert lines_of(tmp_path / "inline") == lines_of(tmp_path / "actors")
+    assert_equal_weights(tmp_path / "inline", tmp_path / "actors", vivid)
+    assert all(line["lag"] == 0 for line in lines_of(tmp_path / "actors"))
+
+
+def test_staleness_1_lags_by_one_version_from_the_second_batch_on(vivid, task, tmp_path):
+    ppo.train(short_run(vivid, task, tmp_path / "run", runtime="actors", steps=5, staleness=1))
+    assert [set(sum(versions_of(tmp_path / "run", batch), [])) for batch in range(5)] == [{0}, {0}, {1}, {2}, {3}]
+    assert [line["lag"] for line in lines_of(tmp_path / "run")] == [0, 1, 1, 1, 1]
+
+
+def test_staleness_k_never_exceeds_its_bound_whatever_is_late(vivid, task, tmp_path, monkeypatch):
+    """Slow rewards, and responses long enough that new weights arrive in the middle of them."""
+    asked = []
+    following = ppo.Rollouts.next
+
+    def spied(self, step, weights):
+        path = following(self, step, weights)
+        asked.append((step, self.asked))
+        return path
+
+    monkeypatch.setattr(ppo.Rollouts, "next", spied)
+    ppo.train(short_run(vivid, task, tmp_path / "run", runtime="actors", steps=8, staleness=3, max_response=300,
+                        generators=2, graders=2, reward=f"{task}/rewards.py:slow"))
+    assert asked == [(step, min(step + 4, 8)) for step in range(8)]             # (k + version + 1) batches
+    lines = lines_of(tmp_path / "run")
+    assert max(line["lag_max"] for line in lines) <= 3 and max(line["lag"] for line in lines) > 1
+    every = [versions for batch in range(8) for versions in versions_of(tmp_path / "run", batch)]
+    mixed = [versions for versions in every if len(set(versions)) > 1]
+    assert mixed and all(versions == sorted(versions) for versions in mixed)    # some went on under new weights
+
+
+# What can die, dies.
+
+def process_of(actor, ray):
+    return ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+
+
+@pytest.mark.parametrize("who", ["generator", "judge"])
+def test_a_killed_generator_or_judge_is_started_again_and_nothing_is_lost(vivid, task, tmp_path, monkeypatch, who):
+    collect, killed = ppo.Rollouts.collect, []
+
+    def deadly(self, batch):
+        if batch == 1 and not killed:
+            actor = self.generators[0][0] if who == "generator" else self.judges[0]
+            killed.append(process_of(actor, self.ray) if who == "judge" else pids[0])
+            os.kill(killed[0], signal.SIGKILL)
+        elif who == "generator" and not pids:                                   # while it is idle: later it is busy
+            pids.append(process_of(self.generators[0][0], self.ray))
+        return collect(self, batch)
+
+    pids = []
+    ppo.train(short_run(vivid, task, tmp_path / "calm", runtime="actors"))
+    monkeypatch.setattr(ppo.Rollouts, "collect", deadly)
+    started = time.time()
+    ppo.train(short_run(vivid, task, tmp_path / "killed", runtime="actors"))
+    assert killed and lines_of(tmp_path / "calm") == lines_of(tmp_path / "killed"), time.time() - started
+    assert_equal_weights(tmp_path / "calm", tmp_path / "killed", vivid)
+
+
+@pytest.mark.parametrize("reward,error,words", [
+    ("dies", RuntimeError, "has died"),
+    ("throws", ValueError, "rewards.py:throws on row 3 of --data .* ZeroDivisionError"),
+    ("nan", ValueError, "rewards.py:nan on row 3 of --data .* gave nan")])
+def test_a_reward_that_dies_throws_or_is_no_number_is_named(vivid, task, tmp_path, reward, error, words):
+    with pytest.raises(error, match=words):
+        ppo.train(short_run(vivid, task, tmp_path / "run", runtime="actors", batch=20, samples=1,
+                            reward=f"{task}/rewards.py:{reward}"))
+
+
+def family(marker):
+    """All processes in whose environment the marker is: whoever was started by whom was started with it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if marker.encode() in (path / "environ").read_bytes() and "Z" not in (path / "stat").read_text().split()[2]:
+                found.append(int(path.name))
+        except OSError:
+            pass
+    return found
+
+
+def started(c, marker, ranks=1):
+    """The run as a program of its own."""
+    flags = [f"--{name}={value}" for name, value in vars(c).items() if value != ""]
+    launch = [sys.executable] if ranks == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen([*launch, str(HERE / "ppo.py"), *flags], cwd=HERE,
+                            env=os.environ | {"MARKER": marker, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def until(condition, seconds, what):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_nobody_outlives_a_killed_driver_and_resume_goes_on_bit_by_bit(vivid, task, tmp_path, ranks):
+    """At one rank the driver is killed, at two the other trainer; then everything at once, while a checkpoint is being
+    written; each time --resume goes on, and in the end all is as if nothing had been."""
+    c = short_run(vivid, task, tmp_path / "run", runtime="actors", save_every=1, steps=4, generators=2)
+    marker, shm = f"ppo-{os.getpid()}-{ranks}", set(os.listdir("/dev/shm"))
+    checkpoints = Path(c.out, "checkpoints", "policy")
+    run = started(c, marker, ranks)
+    until(lambda: (checkpoints / "000001").exists(), 120, "the first checkpoint")
+    everyone = family(marker)
+    trainers = [p for p in everyone if b"ppo.py" in Path(f"/proc/{p}/cmdline").read_bytes() and p != run.pid]
+    os.kill(run.pid if ranks == 1 else trainers[-1], signal.SIGKILL)
+    until(lambda: not family(marker), 10, "the end of all processes")
+    assert run.wait(1) != 0 and len(everyone) >= 4 + ranks
+
+    run = started(replace(c, resume=True), marker, ranks)
+    until(lambda: list(checkpoints.glob("*000003*")), 120, "the beginning of the third checkpoint")
+    for process in family(marker):
+        os.kill(process, signal.SIGKILL)
+    until(lambda: not family(marker), 10, "the end of all processes")
+
+    run = started(replace(c, resume=True), marker, ranks)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, output
+    until(lambda: not family(marker), 10, "the end of all processes")
+    assert set(os.listdir("/dev/shm")) <= shm
+    calm = started(replace(c, out=str(tmp_path / "calm")), marker, ranks)
+    output = calm.communicate(timeout=120)[0]
+    assert calm.returncode == 0, output
+    assert lines_of(c.out) == lines_of(tmp_path / "calm")
+    assert_equal_weights(tmp_path / "run", tmp_path / "calm", vivid)
+
+
+def test_a_tensor_parallel_generator_that_loses_a_rank_ends_the_run_in_words(vivid, task, tmp_path, monkeypatch):
+    collect, pids = ppo.Rollouts.collect, []
+
+    def deadly(self, batch):
+        if batch == 0:
+            pids.append(process_of(self.generators[0][1], self.ray))
+        else:
+            os.kill(pids[0], signal.SIGKILL)
+        pids.append(time.time())
+        return collect(self, batch)
+
+    monkeypatch.setattr(ppo.Rollouts, "collect", deadly)
+    with pytest.raises((RuntimeError, ValueError), match="has died|onnection|peer|gloo"):
+        ppo.train(short_run(vivid, task, tmp_path / "run", runtime="actors", generator_tp=2, max_response=100))
+    assert time.time() - pids[-1] < 10
+
+
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_rollouts_under_way_are_part_of_a_checkpoint(vivid, task, tmp_path, monkeypatch, staleness):
+    """A run that breaks off after it goes on with the batches that were generated ahead, not with new ones."""
+    learn = ppo.learn
+
+    def broken(r, batch, step, clock):
+        if step == 3:
+            raise KeyboardInterrupt
+        return learn(r, batch, step, clock)
+
+    settings = dict(staleness=staleness, steps=6, save_every=2)
+    ppo.train(short_run(vivid, task, tmp_path / "whole", **settings))
+    monkeypatch.setattr(ppo, "learn", broken)
+    with pytest.raises(KeyboardInterrupt):
+        ppo.train(short_run(vivid, task, tmp_path / "run", **settings))
+    monkeypatch.setattr(ppo, "learn", learn)
+    ahead = [tmp_path / "run" / "rollouts" / f"{batch:06d}.arrow" for batch in range(2, 2 + staleness)]
+    before = [path.stat().st_ino for path in ahead]                     # a file that is written again is another one
+    ppo.train(short_run(vivid, task, tmp_path / "run", resume=True, **settings))
+    assert [path.stat().st_ino for path in ahead] == before
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+    assert_equal_weights(tmp_path / "run", tmp_path / "whole", vivid)
+
+
+# The runtimes, and everything at once.
+
+def same_numbers(out, other, tolerance):
+    for a, b in zip(lines_of(out), lines_of(other)):
+        assert a.keys() == b.keys()
+        assert all(abs(a[name] - b[name]) <= tolerance for name in a), (a, b)
+    assert len(lines_of(out)) == len(lines_of(other))
+
+
+def test_the_same_three_steps_on_the_real_ray(vivid, task, tmp_path):
+    pytest.importorskip("ray")
+    ppo.train(short_run(vivid, task, tmp_path / "inline"))
+    run = started(short_run(vivid, task, tmp_path / "ray", runtime="ray"), f"ray-{os.getpid()}")
+    output = run.communicate(timeout=200)[0]
+    assert run.returncode == 0, output
+    same_numbers(tmp_path / "inline", tmp_path / "ray", 0)
+    assert_equal_weights(tmp_path / "inline", tmp_path / "ray", vivid)
+
+
+@pytest.mark.slow
+def test_the_full_topology_computes_what_one_process_does(vivid, task, tmp_path):
+    """Four trainers (tp2 x pp2) and four generator processes (tp2 x 2). fp64, so that every difference would show but
+    that of a sum in another order: mu is stored in fp32."""
+    settings = dict(dtype="float64", kl="k3", kl_coef=0.1, eval_data=str(task / "problems.jsonl"), eval_every=1)
+    ppo.train(short_run(vivid, task, tmp_path / "one", **settings))
+    run = started(short_run(vivid, task, tmp_path / "all", runtime="actors", tp=2, pp=2, generators=2, generator_tp=2,
+                            **settings), f"all-{os.getpid()}", ranks=4)
+    output = run.communicate(timeout=300)[0]
+    assert run.returncode == 0, output
+    same_numbers(tmp_path / "one", tmp_path / "all", 1e-6)
+    ours, theirs = (weights_of(tmp_path / name, vivid, False) for name in ("one", "all"))
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6
+
+
+def test_rollouts_are_kept_as_arrow_files_and_can_be_replayed(vivid, task, tmp_path):
+    polars = pytest.importorskip("polars")
+    c = short_run(vivid, task, tmp_path / "only", rollout_only=True, steps=2)
+    ppo.train(c)
+    frame = polars.read_ipc(tmp_path / "only" / "rollouts" / "000001.arrow")
+    assert len(frame) == 8 and {"problem", "answer", "prompt", "response", "reward", "logprobs"} <= set(frame.columns)
+    assert frame["response_ids"].list.len().to_list() == frame["logprobs"].list.len().to_list()
+    assert [line["step"] for line in lines_of(c.out)] == [1, 2] and "policy_loss" not in lines_of(c.out)[0]
+    ppo.train(short_run(vivid, task, tmp_path / "loop", steps=1))
+    ppo.train(short_run(vivid, task, tmp_path / "replay", data="", replay=f"{c.out}/rollouts/000000.arrow"))
+    same_numbers(tmp_path / "loop", tmp_path / "replay", 0)
+    assert_equal_weights(tmp_path / "loop", tmp_path / "replay", vivid)
+
+
+def test_metrics_and_curves_say_what_there_is_to_say(vivid, task, tmp_path):
+    ppo.train(short_run(vivid, task, tmp_path / "run", kl="k3", eval_data=str(task / "problems.jsonl"), eval_every=2))
+    lines = lines_of(tmp_path / "run", timing=True)
+    assert {"reward", "length", "kl", "mismatch_kl", "effective_sample", "clip_share", "explained_variance", "lag",
+            "generated_tokens_per_s", "trained_tokens_per_s", "seconds_wait", "seconds_measure", "seconds_train",
+            "entropy", "policy_norm", "critic_norm"} <= lines[-2].keys()
+    assert [line["step"] for line in lines if "val_reward" in line] == [0, 2, 3]
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["kl"] == "k3"
+
+
+def test_mathematics_is_graded_and_held_out_problems_are_scored(vivid, task, tmp_path):
+    """A random model solves nothing; answers put into its mouth are graded as evaluate.py grades."""
+    c = short_run(vivid, task, tmp_path / "run", reward="math", eval_data=str(task / "problems.jsonl"), steps=1)
+    scores = ppo.train(c)
+    assert scores == {0: 0.0, 1: 0.0}
+    assert [line["val_reward"] for line in lines_of(c.out) if "val_reward" in line] == [0, 0]
+    judge, loop = ppo.Judge("math", 1, "actors"), ppo.asyncio.new_event_loop()
+    said = ["so \\boxed{12}", "12", "\\boxed{13}", "\\boxed{\\frac{24}{2}}"]
+    judged = loop.run_until_complete(judge.judge([{"response": x, "answer": "12"} for x in said], 0, 1))
+    assert [sample["reward"] for sample in judged] == [1, 0, 0, 1]
+    ppo.actors.shutdown()
+
+
+@pytest.mark.parametrize("changes,words", [
+    (dict(model=""), "--model must be given"), (dict(model="", out=""), "--model and --out must be given"),
+    (dict(advantage="grpo", samples=1), "take --samples 2"), (dict(batch=1, samples=1), "1 x 1 responses"),
+    (dict(advantage="rloo", truncated="bootstrap"), "bootstrap wants"),
+    (dict(generators=2), "inline has one generator"), (dict(replay="nowhere.arrow"), "no file nowhere.arrow"),
+    (dict(reward="nowhere.py:f"), "of a file that exists"), (dict(reward="{task}/rewards.py:f"), "has no function f"),
+    (dict(max_response=5000), "= 5120 tokens; the model knows 4096"),
+    (dict(batch=30), "has 20 problems; take --batch 20 or less"),
+    (dict(max_prompt=50), r"row 0 of .*problems.jsonl is a prompt of \d+ tokens; raise --max_prompt"),
+    (dict(data="nowhere.jsonl"), "nowhere.jsonl"), (dict(tp=2), "dp x pp x tp")])
+def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, task, tmp_path, changes, words):
+    changes = {k: v.replace("{task}", str(task)) if isinstance(v, str) else v for k, v in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        ppo.train(short_run(vivid, task, tmp_path / "run", **changes) if "out" not in changes else
+                  replace(short_run(vivid, task, "x"), **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(vivid, task, tmp_path):
+    ppo.train(short_run(vivid, task, tmp_path / "run", steps=1, advantage="rloo"))
+    with pytest.raises(ValueError, match="holds a run"):
+        ppo.train(short_run(vivid, task, tmp_path / "run", advantage="rloo"))
+    ppo.train(short_run(vivid, task, tmp_path / "run", advantage="rloo", steps=2, resume=True))
+    ppo.train(short_run(vivid, task, tmp_path / "whole", advantage="rloo", steps=2))
+    assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+
+
+def test_advice_comes_where_it_is_needed_and_nowhere_else():
+    fine = {"cut_share": 0.1, "reward_std": 0.3, "reward": 0.5, "mismatch_kl": 1e-4, "entropy": 1.0}
+    assert ppo.advice(fine, fine) == {}
+    for change, kind, words in [
+            ({"cut_share": 0.6}, "cut", "60% of the responses were cut off"), ({"reward_std": 0.0}, "equal", "are 0.5"),
+            ({"mismatch_kl": 0.05}, "mismatch", "drifted apart"), ({"entropy": 0.1}, "entropy", "from 1.000 to 0.100"),
+            ({"policy_norm": math.inf}, "finite", "not finite")]:
+        found = ppo.advice(fine | change, fine)
+        assert list(found) == [kind] and words in found[kind]
+
+
+# Learning.
+
+@pytest.fixture(scope="session")
+def pupil(tmp_path_factory):
+    """The model of the demo, half of whose answers are of no use; it takes a minute."""
+    return ppo.school(str(tmp_path_factory.mktemp("school")))
+
+
+def lesson(pupil, out, **changes):
+    model, data, held_out = pupil
+    return ppo.train(ppo.Config(**dict(
+        model=model, data=data, eval_data=held_out, out=str(out), runtime="inline", staleness=0, batch=128,
+        max_prompt=128, max_response=40, minibatches=2, steps=16, lr=3e-4, critic_lr=1e-3, warmup=5, eval_every=16,
+        eval_temperature=1.0, device="cpu") | changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
+def test_every_algorithm_raises_the_held_out_score_by_20_points(pupil, tmp_path, advantage, seed):
+    groups = {} if advantage == "gae" else {"batch": 32, "samples": 4}
+    scores = lesson(pupil, tmp_path / "run", advantage=advantage, seed=seed, **groups)
+    assert scores[16] - scores[0] >= 0.2, scores
+
+
+@pytest.mark.slow
+def test_a_random_reward_teaches_nothing(pupil, tmp_path):
+    (tmp_path / "coin.py").write_text("def coin(response, row): return hash((response, row['seed'])) % 2")
+    lesson(pupil, tmp_path / "run", reward=f"{tmp_path}/coin.py:coin", eval_data="")
+    scores = {name: lesson(pupil, tmp_path / name, model=model, steps=1, lr=0.0, eval_every=1)[0]
+              for name, model in (("before", pupil[0]), ("after", str(tmp_path / "run" / "model")))}
+    assert scores["after"] - scores["before"] < 0.1, scores
+
+
+@pytest.mark.slow
+def test_a_critic_explains_most_of_the_returns_of_a_fixed_policy(pupil, tmp_path):
+    """Of a reward that can be known from the prompt: is the first number larger than 5?"""
+    (tmp_path / "first.py").write_text("def first(response, row): return int(row['problem'][0]) > 5")
+    lesson(pupil, tmp_path / "run", reward=f"{tmp_path}/first.py:first", lr=0.0, critic_lr=1e-3, steps=25,
+           minibatches=4, value_clip=0.0, eval_data="", max_response=8)
+    explained = [line["explained_variance"] for line in lines_of(tmp_path / "run")]
+    assert abs(explained[0]) < 0.1 and min(explained[-3:]) > 0.5, explained
+
+
+@pytest.mark.slow
+def test_generating_ahead_saves_most_of_the_waiting(pupil, tmp_path):
+    """On two cores that are otherwise idle, steps take 1.4 times longer at staleness 0; here only the share counts."""
+    waiting = []
+    for staleness in (0, 1):
+        lesson(pupil, tmp_path / str(staleness), runtime="actors", staleness=staleness, steps=10, eval_data="")
+        steps = [[line[f"seconds_{name}"] for name in ("wait", "measure", "train")]
+                 for line in lines_of(tmp_path / str(staleness), timing=True)[2:]]
+        waiting.append(sum(wait for wait, *_ in steps) / sum(map(sum, steps)))
+    assert waiting[1] < waiting[0] / 2, waiting
 
 
 # --- the house -------------------------------------------------------------------------------------------------------
