@@ -10,7 +10,7 @@ errors. Generation and grading run at the same time, in processes of their own:
 Public names
     grade(answer, gold)                     1.0 or 0.0; Graders(workers, deadline) is the pool behind it
     extract(text), boxes(text)              the last balanced \\boxed{}; all of them
-    load_problems(data), arithmetic(n, seed), chat_messages(problem)
+    load_problems(data), arithmetic(n, seed), worth_learning(problems, ...), chat_messages(problem)
     evaluate(model, problems, ...)          (Table of samples, summary); summarize, compare for samples of any origin
 
     python evaluate.py                                                  the demo, in under a minute
@@ -18,6 +18,7 @@ Public names
     python evaluate.py --model runs/sft runs/ppo --data test.jsonl      two models, and their paired difference
     python evaluate.py show evaluation/ppo.arrow --verdict wrong        reads samples as a person would
     python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held-out: test)
+    python evaluate.py problems --data HUB/ID --model M --out F.jsonl   those worth learning from: not guessed, not long
 """
 import argparse, asyncio, collections, dataclasses, functools, itertools, json, logging, math, os, random, re, resource
 import signal, sys, tempfile, textwrap, time
@@ -46,6 +47,7 @@ class Config:
     graders: int = 0                # processes that grade; 0: one a CPU core
     deadline: float = 5.0           # seconds for one answer, then its grader is killed and the answer is wrong
     device: str | None = None       # cpu; otherwise every GPU there is
+    memory: float = 0.9             # share of a GPU's memory that an engine takes
     dtype: str | None = None        # bfloat16, float32; otherwise what suits the device
     out: str = "evaluation"         # a directory: samples, scores.json, scores.png
     resume: bool = False            # keep the samples of models that --out has already
@@ -216,13 +218,13 @@ def chat_messages(problem: str) -> list[dict]:
 def read(path: str) -> al.Table:
     return al.Table.from_jsonl(path) if path.endswith((".jsonl", ".json")) else al.read(path)
 
-def load_problems(data: str) -> list[dict]:
+def load_problems(data: str, split: str = "test") -> list[dict]:
     """math500, gsm8k, or another data set of the hub; a file of that name comes first."""
     if Path(data).is_file():
         table = read(data)
     elif data in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith((".jsonl", ".json", ".arrow")):
         import datasets                                 # here alone: files need no network
-        table = datasets.load_dataset(*HUB.get(data, (data, None)), split="test")
+        table = datasets.load_dataset(*HUB.get(data, (data, None)), split=split)
     else:
         raise FileNotFoundError(f"there is no file {data}; pass math500, gsm8k, a .jsonl or Arrow file, or a hub id")
     problems = [_problem(row, f"{data}, row {i}") for i, row in enumerate(table, 1)]
@@ -244,16 +246,33 @@ def _problem(row: dict, where: str) -> dict:
     level = re.sub(r"(?i)^level\s+", "", first("level", "difficulty"))
     return {"problem": problem, "answer": answer, "subject": first("subject", "type"), "level": level}
 
-def arithmetic(n: int, seed: int = 0, held_out: bool = False) -> list[dict]:
+def chat_prompts(problems: list[dict], tokenizer) -> tuple[list[str], list[list[int]]]:
+    """What a model is given for each problem: as text, and as tokens."""
+    texts = [tokenizer.apply_chat_template(chat_messages(x["problem"]), tokenize=False, add_generation_prompt=True,
+                                           enable_thinking=False) for x in problems]
+    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]
+
+GUESSES = {"yes", "no", "true", "false"}
+
+def worth_learning(problems: list[dict], tokenizer, longest: int) -> list[dict]:
+    """Without those whose answer is soon guessed (a reward for a guess teaches guessing), and those of which the prompt
+    has more than `longest` tokens."""
+    lengths = [len(ids) for ids in chat_prompts(problems, tokenizer)[1]]
+    return [x for x, n in zip(problems, lengths) if n <= longest and x["answer"].lower().strip(".") not in GUESSES]
+
+def arithmetic(n: int, seed: int = 0, held_out: bool = False, boxed: float = 1.0) -> list[dict]:
     """The demos' task, which a model of 0.1M parameters learns in minutes: sums in two steps. A fifth of all problems,
-    picked by hash, is drawn only if held_out: no row of a training set is ever one of a test set."""
+    picked by hash, is drawn only if held_out: no row of a training set is ever one of a test set. Of the solutions, a
+    share of `boxed` puts the answer into a box; the others say it in words, and so teach an answer of no use."""
     rng, rows = random.Random(seed), []
     while len(rows) < n:
         a, b, c = (rng.randint(1, 9) for _ in range(3))
         problem = f"{a}+{b}+{c}=?"
         if (random.Random(problem).random() < 0.2) == held_out:
-            rows.append({"problem": problem, "answer": str(a + b + c),
-                         "solution": f"{a}+{b}={a + b}, {a + b}+{c}={a + b + c}, \\boxed{{{a + b + c}}}"})
+            total, in_box = a + b + c, int(boxed * (len(rows) + 1)) > int(boxed * len(rows))        # evenly spread
+            end = f"\\boxed{{{total}}}" if in_box else f"so {total}"
+            rows.append({"problem": problem, "answer": str(total),
+                         "solution": f"{a}+{b}={a + b}, {a + b}+{c}={total}, {end}"})
     return rows
 
 # --- scores: a mean is worth as much as its error --------------------------------------------------------------------
@@ -401,7 +420,8 @@ def evaluate(model: str, problems: list[dict], config: Config | None = None, **s
     gpus = 0 if config.device == "cpu" else int(actors.cluster_resources().get("GPU", 0))
     generators = [actors.remote(Generator).options(num_gpus=min(gpus, 1)).remote()
                   for _ in range(max(1, min(gpus, len(problems))))]
-    options = {name: value for name, value in (("dtype", config.dtype), ("device", config.device)) if value}
+    options = {"dtype": config.dtype, "device": config.device, "gpu_memory_utilization": config.memory}
+    options = {name: value for name, value in options.items() if value}
     params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
 
     async def solve(number: int, problem: dict) -> list[dict]:
@@ -528,22 +548,40 @@ def demo() -> None:
     if abs(mean - true) > 4 * error or [grade.score for grade in grades] != [score for _, _, score in HARD]:
         sys.exit("that is wrong")
 
-def main() -> None:
-    if len(sys.argv) > 1 and sys.argv[1] in ("show", "arithmetic"):
-        parser = argparse.ArgumentParser(prog=f"evaluate.py {sys.argv[1]}")
-        if sys.argv[1] == "show":
-            parser.add_argument("file")
-            parser.add_argument("--verdict", help="only right, wrong, unparsed, timeout or crashed ones")
-            parser.add_argument("--start", type=int, default=0, help="the first row")
-        else:
-            parser.add_argument("--n", type=int, default=1000)
-            parser.add_argument("--seed", type=int, default=0)
-            parser.add_argument("--held-out", action="store_true", help="the fifth that training rows never show")
-            parser.add_argument("--out", required=True)
+COMMANDS = {"show": "page through a file of samples or rollouts", "arithmetic": "write problems of the demos' task",
+            "problems": "write those problems of a data set that are worth learning from"}
+
+def command(name: str) -> None:
+    parser = argparse.ArgumentParser(prog=f"evaluate.py {name}", description=COMMANDS[name])
+    if name == "show":
+        parser.add_argument("file")
+        parser.add_argument("--verdict", help="only right, wrong, unparsed, timeout or crashed ones")
+        parser.add_argument("--start", type=int, default=0, help="the first row")
         args = parser.parse_args(sys.argv[2:])
-        if sys.argv[1] == "show":
-            return show(args.file, args.verdict, args.start)
-        return al.Table.from_pylist(arithmetic(args.n, args.seed, args.held_out)).to_jsonl(args.out)
+        return show(args.file, args.verdict, args.start)
+    parser.add_argument("--out", required=True, help="a .jsonl file")
+    if name == "arithmetic":
+        parser.add_argument("--n", type=int, default=1000)
+        parser.add_argument("--seed", type=int, default=0)
+        parser.add_argument("--held-out", action="store_true", help="the fifth that training rows never show")
+        parser.add_argument("--boxed", type=float, default=1.0, help="share of the solutions that box their answer")
+        args = parser.parse_args(sys.argv[2:])
+        rows = arithmetic(args.n, args.seed, args.held_out, args.boxed)
+    else:
+        parser.add_argument("--data", required=True, help="as --data of an evaluation")
+        parser.add_argument("--split", default="train", help="of a data set of the hub")
+        parser.add_argument("--model", required=True, help="whose tokenizer counts")
+        parser.add_argument("--max_prompt", type=int, default=1024, help="tokens; longer ones are left out")
+        args = parser.parse_args(sys.argv[2:])
+        found = load_problems(args.data, args.split)
+        from transformers import AutoTokenizer
+        rows = worth_learning(found, AutoTokenizer.from_pretrained(args.model), args.max_prompt)
+        print(f"{len(rows):,} of {len(found):,} problems of {args.data} go into {args.out}")
+    al.Table.from_pylist(rows).to_jsonl(args.out)
+
+def main() -> None:
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        return command(sys.argv[1])
     if len(sys.argv) == 1:
         return demo()
     from transformers import HfArgumentParser

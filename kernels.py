@@ -63,7 +63,7 @@ def _power_of_two(n: int, least: int = 1) -> int:
 
 def _wide(x: Tensor) -> Tensor:
     """In the precision that references compute in: fp32, or fp64 if that is what came."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.itemsize < 4 else x
 
 @triton.jit
 def _dot(a, b, acc):
@@ -383,14 +383,14 @@ def _paged_tiles(programs: int, longest: int, processors: int) -> dict:
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
     page, kv_heads, dim = k_cache.shape[1:]
-    queries = _wide(q).unflatten(1, (kv_heads, -1))                                         # [batch, kv, group, dim]
-    out = [queries[:0]]
-    for query, pages, n in zip(queries, block_table, context_lens.tolist()):                # one by one: no padding
-        k, v = (cache.index_select(0, pages[:_ceil(n, page)]).view(1, -1, kv_heads, dim)[:, :n].transpose(1, 2)
-                for cache in (k_cache, v_cache))                                            # [1, kv, n, dim]
-        out.append(F.scaled_dot_product_attention(query[None], _wide(k), _wide(v), scale=scale) if n else
-                   torch.zeros_like(query)[None])
-    return torch.cat(out).flatten(1, 2).to(q.dtype)
+    used = torch.arange(0, block_table.shape[1] * page, page, device=q.device) < context_lens[:, None]
+    pages, lengths = block_table[used], [x for n in context_lens.tolist() for x in (n, -n % page)]
+    k, v = (_wide(cache.index_select(0, pages)).view(1, -1, kv_heads, dim).transpose(1, 2).split(lengths, 2)[::2]
+            for cache in (k_cache, v_cache))                                # a sequence: [1, kv, n, dim], no padding
+    queries = _wide(q).unflatten(1, (kv_heads, -1)).split(1)                # a sequence: [1, kv, group, dim]
+    out = [F.scaled_dot_product_attention(*one, scale=scale) if one[1].shape[2] else torch.zeros_like(one[0])
+           for one in zip(queries, k, v)]
+    return torch.cat([*out, q[:0].unflatten(1, (kv_heads, -1))]).flatten(1, 2).to(q.dtype)
 
 def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Tensor,
                     context_lens: Tensor, scale: float | None = None) -> Tensor:
@@ -428,8 +428,9 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
     slot_mapping[i] = page * page_size + offset, or nowhere if that is negative (padding)."""
     k_cache, v_cache = k_cache.view(-1, *k.shape[1:]), v_cache.view(-1, *v.shape[1:])
     if not _on_triton(k):
-        keep = slot_mapping >= 0
-        k_cache[slot_mapping[keep]], v_cache[slot_mapping[keep]] = k[keep], v[keep]
+        if (slot_mapping < 0).any():
+            k, v, slot_mapping = (x[slot_mapping >= 0] for x in (k, v, slot_mapping))
+        k_cache[slot_mapping], v_cache[slot_mapping] = k, v
         return
     k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (k, v))
     width = k.shape[1] * k.shape[2]
@@ -517,8 +518,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm_reference(x, weight, eps=1e-6, residual=None):
     h = x if residual is None else x + residual
-    wide = _wide(h)
-    out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * _wide(weight)).to(x.dtype)
+    out = F.rms_norm(_wide(h), weight.shape, _wide(weight), eps).to(x.dtype)    # h / sqrt(mean(h^2) + eps) * weight
     return out if residual is None else (out, h)
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
@@ -661,8 +661,8 @@ class _Rotary(torch.autograd.Function):
 
 def rotary_reference(q, k, cos, sin, positions):
     c, s = cos[positions][:, None], sin[positions][:, None]                                     # [tokens, 1, dim / 2]
-    halves = [_wide(x).chunk(2, -1) for x in (q, k)]
-    return tuple(torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype) for a, b in halves)
+    a, b = _wide(torch.cat([q, k], 1)).chunk(2, -1)                                             # both at once
+    return torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype).split([q.shape[1], k.shape[1]], 1)
 
 def _tables(cos, sin, dim):
     cos, sin = cos[:, :dim // 2], sin[:, :dim // 2]
