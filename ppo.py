@@ -297,7 +297,7 @@ class Generator:
         if not torch.cuda.is_available():
             torch.set_num_threads(1)                    # processes share the cores
         self.llm, self.tp = LLM(model, tensor_parallel_size=tp, **options), tp
-        self.inbox, self.received, self.begun, self.running, self.version = deque(), 0, 0, {}, None
+        self.inbox, self.received, self.begun, self.running, self.version = deque(), 0, 0, {}, -1
 
     async def generate(self, samples: list[dict], sampling: dict, weights: dict) -> list[dict]:
         """The samples, with what was generated and the logprob (mu) of each token where it was drawn."""
@@ -324,7 +324,7 @@ class Generator:
 
     def begin(self, samples: list[dict], sampling: dict, weights: dict) -> None:
         self.begun += 1
-        if weights["version"] != self.version:
+        if weights["version"] > self.version:           # calls that a restart repeats come in any order
             self.version = weights["version"]
             self.llm.update_weights(unpack_weights(weights), version=self.version)
         for sample in samples:
@@ -335,9 +335,6 @@ class Generator:
         sample |= {"response": output.text, "finish_reason": output.finish_reason,
                    "response_ids": np.array(output.token_ids, np.int32),
                    "logprobs": np.array(output.logprobs, np.float32), "versions": np.array(output.versions, np.int32)}
-
-    async def sleep(self) -> None:
-        self.llm.sleep()
 
 def pack_weights(model: Qwen3, version: int) -> dict:
     """The whole model as bytes on the CPU, at rank 0. numpy arrays are what actors and Ray share without a copy."""
@@ -495,7 +492,7 @@ class Rollouts:
             self.asked = batch + 1
         path = self.collect(step)
         if self.c.runtime == "inline":                  # its memory is for training now
-            self.ray.get([ranks[0].sleep.remote() for ranks in self.generators])
+            self.generators[0][0].instance.llm.sleep()  # no call: while one waits others run, and would wake it again
         return path
 
     def settle(self) -> None:
@@ -573,6 +570,8 @@ def estimate(batch: dict, c: Config) -> None:
     batch["actions"], batch["mask"] = actions, actions & keep[:, None]
     if c.advantage != "gae":
         batch["advantages"] = group_advantages(c.advantage, rewards, actions, batch["groups"])
+        if c.advantage == "reinforce++":                # whitened over all, and now over what is learned from
+            batch["advantages"] = whiten(batch["advantages"], batch["mask"])
         return
     behind = batch["values"].gather(1, batch["lengths"][:, None])[:, 0]             # [rows], of the state at the end
     behind = torch.where(cut, behind, 0) if c.truncated == "bootstrap" else torch.zeros_like(behind)
@@ -650,22 +649,28 @@ def describe(batch: dict, log: dict, c: Config, step: int, mesh: Mesh) -> dict:
     learned, actions = max(1, int(batch["mask"].sum())) * c.epochs, batch["actions"]
     gap = (batch["prox"] - batch["mu"])[actions]                                    # log prox / mu [actions]
     ratio, lag = gap.exp(), (step - batch["versions"])[actions]
-    found = {name: x / learned for name, x in zip(SUMS, sums)} | {
-        "learned_share": batch["mask"].sum() / actions.sum(), "lag": lag.mean(), "lag_max": lag.max(),
+    taught = {"policy": step >= c.critic_warmup, "value": c.advantage == "gae"}         # means of nothing are left out
+    found = {name: x / learned for name, x in zip(SUMS, sums)
+             if taught["value" if name.startswith("value") else "policy"] and batch["mask"].any()} | {
+        "learned_share": batch["mask"].sum() / actions.sum(),
         "mismatch_kl": (ratio - 1 - gap).mean(),                                    # k3 of KL(mu || prox)
         "capped_share": (ratio > c.cap).double().mean(),
         "effective_sample": ratio.sum().square() / (len(ratio) * ratio.square().sum())}
+    if not c.replay:                                    # whose weights have no place in the run
+        found |= {"lag": lag.mean(), "lag_max": lag.max()}
     if c.kl != "none":
         found["kl"] = kl_estimate("k3", batch["prox"], batch["reference"])[actions].mean()
     if c.advantage == "gae":
         returns, error = batch["returns"][actions], (batch["returns"] - batch["values"])[actions]
-        found["explained_variance"] = 1 - error.var(correction=0) / returns.var(correction=0).clamp(min=1e-12)
+        if (variance := returns.var(correction=0)) > 1e-8:      # else there is nothing to explain
+            found["explained_variance"] = 1 - error.var(correction=0) / variance
     norms = {name: log[name] for name in ("policy_norm", "critic_norm") if name in log}
     return {name: float(x) for name, x in found.items()} | norms
 
 def advice(m: dict, first: dict) -> dict[str, str]:
     """What an experienced person would say, looking at the numbers of a batch and at those of the first one."""
-    m, first = ({"mismatch_kl": 0.0, "entropy": 0.0} | x for x in (m, first))       # --rollout-only has none of these
+    first = {"entropy": 0.0, "mismatch_kl": 0.0} | first                # --rollout-only has none of these, ...
+    m = {"entropy": first["entropy"], "mismatch_kl": 0.0} | m           # ... and what learned nothing no entropy
     found = {
         "cut": m["cut_share"] > 0.5 and f"{m['cut_share']:.0%} of the responses were cut off, and their rewards say "
         "little: raise --max_response, or make length dear with --overlong_buffer",
@@ -738,7 +743,7 @@ class Run:
     rollouts: Rollouts | None           # rank 0's
     metrics: sft.Metrics
     start: int                          # the first step
-    first: dict | None = None           # the numbers of the first batch
+    first: dict | None = None           # each number, of the first batch that had it
     told: set = field(default_factory=set)
     scores: dict = field(default_factory=dict)
 
@@ -746,7 +751,7 @@ class Run:
         """A line of metrics; and advice, each kind of it once."""
         self.metrics.log(step, **numbers)
         self.metrics.bar.set_postfix(reward=numbers["reward"], length=numbers["length"])
-        self.first = self.first or numbers
+        self.first = numbers | (self.first or {})
         for kind, text in advice(numbers, self.first).items():
             if kind not in self.told and self.mesh.rank == 0:
                 tqdm.write(f"step {step}: {text}")
@@ -801,7 +806,8 @@ def checkpoint(r: Run, step: int) -> None:
     for learner in filter(None, (r.critic, r.policy)):  # in this order: a policy is never without its critic
         save(folder / learner.name / name, learner.model, learner.optimizer, state)
     if r.mesh.rank == 0:
-        for old in [path for kind in folder.iterdir() for path in sorted(kind.iterdir())[:-r.c.keep]]:
+        kept = sorted(path.name for path in (folder / "policy").iterdir())[-r.c.keep:]
+        for old in [path for kind in folder.iterdir() for path in kind.iterdir() if path.name not in kept]:
             shutil.rmtree(old)
 
 def resumed(c: Config, policy: Learner, critic: Learner | None) -> dict:
@@ -836,12 +842,18 @@ def check(c: Config, mesh: Mesh) -> None:
 
     missing = [flag for flag, x in (("--model", c.model), ("--data", c.data or c.replay), ("--out", c.out)) if not x]
     refuse(missing, f"{' and '.join(missing)} must be given; python ppo.py alone is the demo")
-    positions, longest = parallel.Config.from_pretrained(c.model).max_position_embeddings, c.max_prompt + c.max_response
-    refuse(longest > positions, f"--max_prompt + --max_response = {longest} tokens; the model knows {positions}")
+    shape, longest = parallel.Config.from_pretrained(c.model), c.max_prompt + c.max_response
+    refuse(longest > shape.max_position_embeddings,
+           f"--max_prompt + --max_response = {longest} tokens; the model knows {shape.max_position_embeddings}")
     refuse(c.samples < 2 and (c.advantage in ("grpo", "rloo") or c.drop_equal),
            "--advantage grpo, rloo and --drop_equal compare the responses to a prompt: take --samples 2 or more")
     refuse(c.truncated == "bootstrap" and c.advantage != "gae", "--truncated bootstrap wants --advantage gae, a critic")
     refuse(c.runtime == "inline" and c.generators * c.generator_tp > 1, "--runtime inline has one generator of tp 1")
+    refuse(c.temperature <= 0, f"--temperature {c.temperature} has no logprobs to learn from; take one above 0")
+    refuse(min(c.eval_every, c.save_every) < 1, "--eval_every and --save_every are steps, at least 1")
+    refuse(gpus and c.generator_tp > (left or gpus),
+           f"--generator_tp {c.generator_tp} wants as many GPUs, and the trainers leave {left} of {gpus}")
+    parallel.check_layout(shape, Mesh(tp=c.generator_tp), 1)
     refuse(c.batch * c.samples < c.minibatches,
            f"{c.batch} x {c.samples} responses do not make {c.minibatches} minibatches")
     refuse(c.replay and not Path(c.replay).exists(), f"there is no file {c.replay} to replay")

@@ -95,7 +95,7 @@ stage() {       # stage NAME COMMAND...: run it, and name it if it fails
     "$@" || { local code=$?; echo "run.sh: stage '$name' failed (exit $code)" >&2; exit "$code"; }
 }
 
-# --- the pipeline: what runs where ---
+# --- the pipeline: what runs where; a model is there when its weights are, which come last and whole ---
 
 settle() {      # devices and sizes, from what the machine has and what the caller said
     local gpus
@@ -109,7 +109,8 @@ settle() {      # devices and sizes, from what the machine has and what the call
     if [[ $DEVICE == cpu ]]; then
         export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=      # processes share the cores
     else
-        export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}
+        CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$GPUS" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}")
+        export CUDA_VISIBLE_DEVICES
     fi
     OUT=${OUT:-runs/$([[ $DEVICE == cuda ]] && echo gpu || echo cpu)}
     mkdir -p "$OUT"
@@ -147,7 +148,7 @@ layout() {      # how a number of processes shares a model: four and more split 
 }
 
 make_model() {
-    if [[ -n $sums && ! -f $MODEL/config.json ]]; then
+    if [[ -n $sums && ! -f $MODEL/tokenizer.json ]]; then
         python -c 'import parallel, sys; parallel.tiny_model(sys.argv[1], hidden_size=64, num_hidden_layers=2)' "$MODEL"
     fi
     python -c 'import parallel, sys; print("the model is in", parallel.local_folder(sys.argv[1]))' "$MODEL" 2>"$OUT/error" ||
@@ -175,13 +176,13 @@ without_a_hub() {
 }
 
 run_sft() {
-    [[ -f $OUT/sft-model/config.json ]] && { echo "$OUT/sft-model is there"; return; }
+    [[ -f $OUT/sft-model/model.safetensors ]] && { echo "$OUT/sft-model is there"; return; }
     launch "$GPUS" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" --device "$DEVICE" --resume \
         $(layout "$GPUS") "${sft_flags[@]}" && python parallel.py merge "$OUT/sft" "$OUT/sft-model"
 }
 
 run_ppo() {     # half of the GPUs train, the others generate; a single one does both
-    [[ -f $OUT/ppo-model/config.json ]] && { echo "$OUT/ppo-model is there"; return; }
+    [[ -f $OUT/ppo-model/model.safetensors ]] && { echo "$OUT/ppo-model is there"; return; }
     local trainers=$((GPUS > 1 ? GPUS / 2 : 1)) generators=()
     if [[ $DEVICE == cpu ]]; then generators=(--generators $((GPUS - trainers > 0 ? GPUS - trainers : 1))); fi
     launch "$trainers" ppo.py --model "$OUT/sft-model" --data "$PROBLEMS" --eval_data "$TEST_DATA" --out "$OUT/ppo" \
@@ -192,7 +193,7 @@ run_ppo() {     # half of the GPUs train, the others generate; a single one does
 run_evaluate() {
     local models=("$MODEL") name
     for name in sft ppo; do
-        if [[ -f $OUT/$name-model/config.json ]]; then models+=("$OUT/$name-model"); fi
+        if [[ -f $OUT/$name-model/model.safetensors ]]; then models+=("$OUT/$name-model"); fi
     done
     python evaluate.py --model "${models[@]}" --data "$TEST_DATA" --out "$OUT/scores" --resume "${eval_flags[@]}"
 }

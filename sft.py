@@ -471,7 +471,11 @@ class Metrics:
             return
         path = self.out / "metrics.jsonl"       # without the steps that a killed run made after its last checkpoint
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start))
+        def kept(line):                         # a score alone comes after the checkpoint of its step, and comes again
+            values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
+            alone = all(name == "step" or name.startswith("val_") for name in values)
+            return values["step"] < start or values["step"] == start and not alone
+        path.write_text("".join(filter(kept, lines)))
         self.file = open(path, "a", buffering=1)
         if config.wandb:
             import wandb
@@ -537,6 +541,7 @@ class Trainer:
         self.optimizer = parallel.AdamW(self.model, config.lr, (config.beta1, config.beta2),
                                         weight_decay=config.weight_decay, clip=config.clip)
         self.check()
+        self.end_turns()
         self.loss, self.names, self.ahead = sft_loss, ("loss",), None
         if config.loss != "sft":
             self.loss = functools.partial(dpo_loss, kind=config.loss, beta=config.beta,
@@ -625,18 +630,22 @@ class Trainer:
             for old in sorted(out.glob("step-*"))[: -self.config.keep]:
                 shutil.rmtree(old)
 
-    def export(self) -> None:
-        """The model as a directory, whose generation ends where the assistant's turn does; a base model's does not."""
-        folder, end = Path(self.config.out, "model"), self.examples.end_of_turn
-        self.model.save_pretrained(folder)
-        if self.mesh.rank > 0 or not end:
+    def end_turns(self) -> None:
+        """What lies beside the weights, in checkpoints and in the end: with it generation ends where the assistant's
+        turn does. That of a base model does not."""
+        if self.mesh.rank > 0 or not (end := self.examples.end_of_turn):
             return
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.eos_token = end
-        tokenizer.save_pretrained(folder)
-        for file in (folder / "config.json", folder / "generation_config.json"):
-            settings = json.loads(file.read_text()) if file.exists() else {}
-            file.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}, indent=2) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            for name, content in ({"config.json": self.model.config.to_json()} | self.model.files).items():
+                (folder / name).write_bytes(content)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.eos_token = end
+            tokenizer.save_pretrained(folder)
+            for file in (folder / "config.json", folder / "generation_config.json"):
+                settings = json.loads(file.read_text()) if file.exists() else {}
+                file.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}, indent=2) + "\n")
+            self.model.files = parallel.small_files(folder)
 
     def guard(self, number: int, step: Step, loss: float, norm: float) -> None:
         """End the run before it saves what a NaN or an explosion has been through."""
@@ -672,7 +681,7 @@ class Trainer:
             metrics.log(number, **values)
             if number % config.save_every == 0 or number == self.steps:
                 self.save(number)
-        self.export()
+        self.model.save_pretrained(Path(self.config.out, "model"))
         metrics.close()
         return values
 
