@@ -76,8 +76,8 @@ class Config:
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = "gae"        # gae: PPO, with a critic
     objective: Literal["ppo", "gspo", "cispo"] = "ppo"
     aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-norm"] = "token-mean"
-    gamma: float = 1.0
-    lam: float = 1.0
+    gamma: float = 1.0              # discount a token (gae)
+    lam: float = 1.0                # lambda of gae: 1 trusts returns, 0 the critic
     clip_low: float = 0.2           # pi / prox has an effect within [1 - clip_low, 1 + clip_high]
     clip_high: float = 0.28         # larger, so that unlikely tokens can grow (DAPO)
     dual_clip: float = 3.0          # bounds the loss of an action with a negative advantage; 0: does not
@@ -86,12 +86,12 @@ class Config:
     kl_coef: float = 0.001
     entropy_coef: float = 0.0
     value_clip: float = 0.2         # how far a value may move in a step; 0: anywhere
-    critic_warmup: int = 0          # steps in which only the critic learns
+    critic_warmup: int = 0          # steps in which only the critic learns (gae)
     minibatches: int = 4            # optimizer steps a batch and epoch
     epochs: int = 1
     steps: int = 300
-    lr: float = 1e-6
-    critic_lr: float = 1e-5
+    lr: float = 1e-6                # of the policy
+    critic_lr: float = 1e-5         # its head begins at 0
     warmup: int = 10                # steps over which both rise
     weight_decay: float = 0.0
     clip: float = 1.0               # largest norm of a gradient
@@ -140,7 +140,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, last_value: Tensor, gamma
     return clean(mask, advantages)[0]
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0, variance 1 over all actions of the batch: not of a rank, nor of a micro-batch."""
+    """Mean 0, variance 1 over all that the mask of the batch has: not of a rank, nor of a micro-batch."""
     count, (x,) = mask.sum().clamp(min=1), clean(mask, x)
     x, = clean(mask, x - x.sum() / count)
     return x * (x.square().sum() / count + 1e-8).rsqrt()
@@ -156,8 +156,9 @@ def group_advantages(kind: str, rewards: Tensor, mask: Tensor, groups: Tensor) -
     For the first two, a row that is alone in its group says nothing: 0."""
     rewards, = clean(mask, rewards)
     score = rewards.sum(1)                                                  # [rows]
+    members = torch.nn.functional.one_hot(groups).to(score)                 # [rows, groups]
     def total(x):                                                           # of a row's group, at each of its rows
-        return x.new_zeros(len(x)).index_add(0, groups, x)[groups]
+        return (x @ members)[groups]                                        # index_add would sum in any order on a GPU
     count = total(torch.ones_like(score))
     mean, others = total(score) / count, (count - 1).clamp(min=1)
     if kind == "reinforce++":
@@ -273,7 +274,7 @@ def lay_out(table: arrowlite.Table, device) -> dict:
         "groups": torch.tensor(np.unique(table["group"].to_pylist(), return_inverse=True)[1], device=device)}
 
 def micro_batches(batch: dict, rows: list[int], mesh: Mesh, capacity: int) -> list[dict]:
-    """This rank's share of some rows, in packs of up to `capacity` tokens. A row larger than that is a pack alone."""
+    """This rank's share of some rows, in packs of up to `capacity` tokens, or of the longest row if that is more."""
     sizes = [len(batch["tokens"][row]) for row in rows]
     packs = sft.pack(sizes, max(capacity, *sizes), mesh.dp)[mesh.dp_rank::mesh.dp]
     return [micro_batch(batch, [rows[i] for i in pack]) for pack in packs if pack]
@@ -291,7 +292,7 @@ def micro_batch(batch: dict, rows: list[int]) -> dict:
 
 class Generator:
     """One engine, or one rank of a tensor-parallel one. Calls overlap: their requests run in one batch, and every call
-    turns the engine until its own are done. The weights come with a call, and hold for what runs already, too."""
+    turns the engine until its own are done. Weights come with a call; newer ones hold for what runs already, too."""
 
     def __init__(self, model: str, tp: int, options: dict):
         if not torch.cuda.is_available():
@@ -486,16 +487,16 @@ class Rollouts:
 
     def next(self, step: int, weights) -> Path:
         """The file of batch `step`. With these weights, batches up to `step + staleness` are asked for."""
-        self.settle()
+        self.let_finish()
         for batch in range(self.asked, min(step + self.c.staleness, self.c.steps - 1) + 1):
             self.batches[batch] = self.ask(self.samples(batch), self.c.temperature, weights)
             self.asked = batch + 1
         path = self.collect(step)
-        if self.c.runtime == "inline":                  # its memory is for training now
+        if self.c.runtime == "inline":                  # one GPU: its memory is for training now
             self.generators[0][0].instance.llm.sleep()  # no call: while one waits others run, and would wake it again
         return path
 
-    def settle(self) -> None:
+    def let_finish(self) -> None:
         """At staleness 1 a batch is of one version: new weights wait until the last one is generated."""
         if self.c.staleness == 1:
             self.results([ref for generated, _ in self.batches.values() for ref in generated])
@@ -531,7 +532,7 @@ class Rollouts:
 
     def score(self, weights) -> float:
         """Of answers to the held-out problems."""
-        self.settle()
+        self.let_finish()
         samples = [problem | {"row": i, "group": i, "sample": 0, "seed": i} for i, problem in enumerate(self.held_out)]
         judged = self.gather(*self.ask(samples, self.c.eval_temperature, weights))
         return sum(sample["reward"] for sample in judged) / len(judged)
@@ -549,7 +550,6 @@ def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
         at = hidden[micro["at"]]
         found = model.value(at) if model.value_head else model.logprobs(at, micro["targets"], c.temperature)[0]
         return None, spread(found, batch["filled"][micro["rows"]])
-
     micros = micro_batches(batch, list(range(len(batch["tokens"]))), model.mesh, c.micro_tokens)
     found = torch.zeros_like(batch["mu"])
     for micro, numbers in zip(micros, run(model, micros, read, backward=False)):
@@ -565,9 +565,9 @@ def estimate(batch: dict, c: Config) -> None:
     penalty = c.kl_coef * kl_estimate("k1", batch["prox"], batch["reference"]) if c.kl == "k1" else None
     rewards, actions, cut = token_rewards(score, batch["mask"], penalty), batch["mask"], batch["cut"]
     keep = ~cut if c.truncated == "mask" else torch.ones_like(cut)
-    if c.drop_equal:
+    if c.drop_equal:                                                        # by the score, before a penalty for KL
         keep &= ~equal_groups(score, batch["groups"])
-    batch["actions"], batch["mask"] = actions, actions & keep[:, None]
+    batch["actions"], batch["mask"] = actions, actions & keep[:, None]     # what was generated; what is learned from
     if c.advantage != "gae":
         batch["advantages"] = group_advantages(c.advantage, rewards, actions, batch["groups"])
         if c.advantage == "reinforce++":                # whitened over all, and now over what is learned from
@@ -619,12 +619,11 @@ class Learner:
     step: Callable
 
 def update(learner: Learner, batch: dict, rows: list[int], rise: float, c: Config, log: dict) -> None:
-    """A step of the optimizer over a minibatch. `log` gets the norm of the gradient, and sums over actions."""
+    """A step of the optimizer over a minibatch. `log` gets sums over actions, and the gradient's norm."""
     def loss(model, hidden, micro):
         part = {name: x[micro["rows"]] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
         total, found = learner.step(model, hidden, micro, part, c)
         return total, {name: clean(part["mask"], x.detach().double())[0].sum() for name, x in found.items()}
-
     mesh = learner.model.mesh
     for found in run(learner.model, micro_batches(batch, rows, mesh, c.micro_tokens), loss):
         for name, x in found.items():
@@ -656,8 +655,7 @@ def describe(batch: dict, log: dict, c: Config, step: int, mesh: Mesh) -> dict:
         "mismatch_kl": (ratio - 1 - gap).mean(),                                    # k3 of KL(mu || prox)
         "capped_share": (ratio > c.cap).double().mean(),
         "effective_sample": ratio.sum().square() / (len(ratio) * ratio.square().sum())}
-    if not c.replay:                                    # whose weights have no place in the run
-        found |= {"lag": lag.mean(), "lag_max": lag.max()}
+    found |= {} if c.replay else {"lag": lag.mean(), "lag_max": lag.max()}      # a replay's weights have no place here
     if c.kl != "none":
         found["kl"] = kl_estimate("k3", batch["prox"], batch["reference"])[actions].mean()
     if c.advantage == "gae":
@@ -680,8 +678,8 @@ def advice(m: dict, first: dict) -> dict[str, str]:
         f"(mismatch KL {m['mismatch_kl']:.3f}): lower --staleness or --lr; at staleness 0, look for a bug",
         "entropy": m["entropy"] < 0.2 * first["entropy"] and f"entropy has collapsed from {first['entropy']:.3f} to "
         f"{m['entropy']:.3f}, so responses are alike: raise --clip_high, --entropy_coef, --temperature, or lower --lr",
-        "finite": not all(map(math.isfinite, m.values())) and "a number is not finite, and that step of the optimizer "
-        "was left out: lower --lr or --clip"}
+        "finite": not all(map(math.isfinite, m.values())) and "a number is not finite; a step of the optimizer whose "
+        "gradient is not was left out: lower --lr or --clip"}
     return {kind: text for kind, text in found.items() if text}
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -767,7 +765,7 @@ class Run:
             self.rollouts.ray.shutdown()
 
 def prepare(c: Config) -> Run:
-    """Everything that can be wrong with the settings is an error here, before anything is written or started."""
+    """What can be known to be wrong with the settings is an error before `claim` writes or Rollouts starts anything."""
     mesh = init(pp=c.pp, tp=c.tp, device=c.device or None)
     if mesh.device.type == "cpu":
         torch.set_num_threads(1)                        # processes share the cores
@@ -803,7 +801,7 @@ def checkpoint(r: Run, step: int) -> None:
     generated is waited for, and its files are part of the checkpoint."""
     folder, name = Path(r.c.out, "checkpoints"), f"{step:06d}"
     state = {"step": step, "ahead": r.rollouts.finish(step) if r.rollouts else 0}
-    for learner in filter(None, (r.critic, r.policy)):  # in this order: a policy is never without its critic
+    for learner in filter(None, (r.critic, r.policy)):  # in this order: `resumed` goes by the policy
         save(folder / learner.name / name, learner.model, learner.optimizer, state)
     if r.mesh.rank == 0:
         kept = sorted(path.name for path in (folder / "policy").iterdir())[-r.c.keep:]
@@ -839,7 +837,6 @@ def check(c: Config, mesh: Mesh) -> None:
     c.steps = 1 if c.replay else c.steps
     def refuse(wrong, why: str) -> None:
         if wrong: raise ValueError(why)
-
     missing = [flag for flag, x in (("--model", c.model), ("--data", c.data or c.replay), ("--out", c.out)) if not x]
     refuse(missing, f"{' and '.join(missing)} must be given; python ppo.py alone is the demo")
     shape, longest = parallel.Config.from_pretrained(c.model), c.max_prompt + c.max_response

@@ -22,7 +22,7 @@ usage: bash run.sh [STAGE] [NAME=VALUE ...]
   GPUS=8      how many to use; by default all. With DEVICE=cpu, processes in their place (2)
   DEVICE=cpu  the default where there is no GPU; then a tiny model learns to add, unless MODEL names another
   MODEL=      a model directory or hub id                 (Qwen/Qwen3-0.6B-Base)
-  OUT=        where everything goes                       (runs/gpu or runs/cpu)
+  OUT=        where everything goes, from this folder     (runs/gpu or runs/cpu)
   SFT_DATA=   problems with solutions: .jsonl, hub id     (NotASI/NuminaMath-CoT-Small-Hard-200k)
   RL_DATA=    problems with answers                       (zwhe99/DeepMath-103K)
   TEST_DATA=  those that are asked in the end             (math500)
