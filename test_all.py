@@ -5187,6 +5187,21 @@ def stopped(model, data, out):
     return str(error.value)
 
 
+def test_a_nan_ends_the_run_before_it_is_saved(mini, tmp_path, monkeypatch, one_thread):
+    data, out, calls, loss = random_rows(tmp_path / "rows.arrow"), tmp_path / "run", itertools.count(), sft.sft_loss
+
+    def poisoned(model, hidden, batch):
+        total, results = loss(model, hidden, batch)
+        return (total * math.nan if next(calls) == 2 else total), results
+
+    monkeypatch.setattr(sft, "sft_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="step 2: .* norm nan, learning from the rows .* is .*step-000001"):
+        trained(mini, data, out, draw=True, steps=6, save_every=1, eval_every=100)
+    model = P.Qwen3.from_pretrained(mini, dtype=torch.float64)
+    P.load(out, model)
+    assert all(x.isfinite().all() for _, x in model.hf_tensors())
+
+
 def test_an_explosion_ends_the_run_and_names_step_and_rows_and_the_checkpoint_before_it_is_whole(mini, tmp_path):
     data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
     words = on_ranks(2, stopped, mini, data, out)[0]
