@@ -96,6 +96,8 @@ UTC = dt.timezone.utc
 
 def every_type(n=11):
     """A pyarrow table with every type there is, nulls in each, nested to a depth of four."""
+    pytest.importorskip("pandas")           # without it pyarrow has no objects for nanoseconds
+
     def nulled(values, kind, every=4):
         return pa.array([None if i % every == 1 else v for i, v in enumerate(values)], kind)
 
@@ -927,6 +929,7 @@ def test_arrowlite_concat_unifies_what_the_parts_call_by_one_name(tmp_path):
 
 
 def test_arrowlite_arrays_take_the_natural_type_or_the_one_that_is_asked_for():
+    pytest.importorskip("pandas")
     natural = {"null": [None], "bool": [True, None], "int64": [1, -(2**63)], "uint64": [2**64 - 1, 0],
                "float64": [1, 0.5], "utf8": ["a"], "binary": [b"a", None], "date32": [dt.date(2020, 1, 1)],
                "duration[us]": [dt.timedelta(1)],
@@ -4901,7 +4904,7 @@ def test_bad_rows_are_named_and_counted_and_fatal_only_when_most_are_bad(lean, t
 
 
 def test_rows_stream_through_a_thousand_at_a_time(lean, tmp_path, monkeypatch):
-    import datasets
+    datasets = pytest.importorskip("datasets")
     seen, written = [], []
 
     def rows():
@@ -4934,7 +4937,7 @@ def test_held_out_prompts_never_leak_into_training(lean, tmp_path):
 
 def test_jsonl_arrow_parquet_directories_and_the_hub_say_the_same(lean, tmp_path, monkeypatch):
     rows = [{"messages": talk(f"a{i}", "b" * i)} for i in range(1, 40)]
-    import datasets
+    datasets = pytest.importorskip("datasets")
     import pyarrow.parquet
     table, folder = al.Table.from_pylist(rows), tmp_path / "folder"
     folder.mkdir()
@@ -6895,6 +6898,16 @@ def test_run_sh_says_what_to_download_and_what_cannot_be(tmp_path):
     for wrong in ("GPUS=0", "GPUS=many", "DEVICE=tpu", "DEVICE=cuda"):
         refused = pipeline("model", f"OUT={tmp_path}", wrong)
         assert refused.returncode == 2 and "GPUS at least 1" in refused.stderr, wrong
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("files", ["arrowlite", "actors", "kernels", "parallel kernels", "engine parallel kernels"])
+def test_files_that_are_taken_along_run_their_demo_elsewhere(tmp_path, files):
+    for name in files.split():
+        shutil.copy(HERE / f"{name}.py", tmp_path)
+    done = subprocess.run([sys.executable, f"{files.split()[0]}.py"], capture_output=True, text=True, cwd=tmp_path,
+                          timeout=300, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_arrowlite_needs_nothing_but_numpy():
