@@ -369,7 +369,7 @@ def draw(models: dict[str, list[dict]], path) -> None:
         axes.bar(places, [v for v, _ in values], 0.8 / len(models), yerr=[e for _, e in values], capsize=2, label=name)
     axes.set_xticks(range(len(bars)), bars, rotation=30, ha="right")
     axes.set_ylabel("percent, ± standard error")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4, frameon=False)      # above, where no bar is behind it
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 

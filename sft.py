@@ -517,6 +517,8 @@ def curves(out) -> None:
         axis.set_visible(bool(series))
         for name, points in sorted(series.items()):
             axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val_") else None, markersize=3)
+        if len(series) > 1:
+            axis.legend(frameon=False)
     figure.savefig(Path(out, "curves.png"), dpi=80)
     plt.close(figure)
 
