@@ -4689,16 +4689,6 @@ def test_engine_demo_runs_and_the_terminal_answers(tiny):
     assert wrong.returncode != 0 and "tempreature" in wrong.stderr
 
 
-@pytest.mark.slow
-def test_three_times_as_fast_as_transformers_on_uneven_requests(tmp_path):
-    folder = str(P.tiny_model(tmp_path))
-    llm = LLM(folder, max_model_len=512)
-    llm.generate(*E.workload(64, seed=1), use_tqdm=False)
-    prompts, params = E.workload(64)
-    ours = E.timed(lambda: llm.generate(prompts, params, use_tqdm=False))
-    assert E.theirs(folder, prompts, params)[1] >= 3 * ours
-
-
 @gpu
 def test_graphs_and_overlap_give_the_tokens_of_eager_steps_at_every_batch_size(tiny):
     want = None
