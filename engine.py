@@ -869,7 +869,8 @@ def benchmark() -> None:
         print(f"  {name:40}{count / seconds:9.0f} tokens/s{seconds:9.2f} s")
 
     gpu = torch.cuda.is_available()
-    torch.set_num_threads(1)                            # a tiny model gains nothing from more, neither here nor there
+    if not gpu:
+        torch.set_num_threads(1)                        # a tiny model gains nothing from more, neither here nor there
     with tempfile.TemporaryDirectory() as folder:
         (Qwen3(Config(), dtype=torch.bfloat16).save_pretrained if gpu else tiny_model)(folder)
         load = partial(workload, 256, lambda rng: rng.randint(100, 1024)) if gpu else partial(workload, 64)
