@@ -452,7 +452,7 @@ class Rollouts:
         has lost a rank is beyond repair, and the run ends with an error that says so."""
         c, tp = self.c, self.c.generator_tp
         options = {"dtype": c.dtype or "auto", "device": c.device or None, "gpu_memory_utilization": c.memory,
-                   "max_model_len": c.max_prompt + c.max_response}
+                   "max_model_len": c.max_prompt + c.max_response, "max_num_seqs": 1024}
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         def start(rank):                                # our own torchrun's variables are not for these ranks
