@@ -496,7 +496,7 @@ def _add_up(parts, out, rows, WIDTH: constexpr, BLOCK: constexpr, ROWS: constexp
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of what programs left. Few columns keep few processors busy: torch takes 11 us, and 2 more to cast."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
-    _add_up[(_ceil(out.numel(), 8),)](parts, out, len(parts), out.numel(), BLOCK=8, ROWS=512, num_warps=4)
+    _add_up[(_ceil(out.numel(), 8),)](parts, out, len(parts), out.numel(), BLOCK=8, ROWS=1024, num_warps=8)
     return out
 
 def _norm_tiles(width: int, backward: bool) -> dict:
