@@ -134,37 +134,27 @@ def init(dp: int | None = None, pp: int = 1, tp: int = 1, device: str | None = N
                 if world % (p * t) == 0]
         raise ValueError(f"dp x pp x tp = {dp or 'any'} x {pp} x {tp} does not make {world} processes; choose from "
                          f"{', '.join(fits)}, or start as many with torchrun --nproc-per-node")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index)
-        torch.cuda.set_device(device)
-    if world > 1 and not joined:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     mesh = Mesh(world // (pp * tp), pp, tp, rank, device)
-    def group(ranks: list[int]):
-        """All ranks have to make every group. Those in it meet at once, so that later nobody waits for another."""
-        made = dist.new_group(ranks) if len(ranks) > 1 else None
-        if made and rank in ranks:
-            dist.all_reduce(torch.zeros(1, device=device), group=made)
-        return made if rank in ranks else None
-
-    ranks = torch.arange(world).view(mesh.dp, pp, tp)
-    for axis, name in enumerate(("dp_group", "pp_group", "tp_group")):
-        for row in ranks.movedim(axis, -1).reshape(-1, ranks.shape[axis]).tolist():
-            setattr(mesh, name, group(row) or getattr(mesh, name))
-    for column in ranks.movedim(1, -1).reshape(-1, pp).tolist() if pp > 1 else ():
-        for kind, i, to in [("F", i, (i + 1) % pp) for i in range(pp)] + [("B", i, (i - 1) % pp) for i in range(pp)]:
-            mesh.links[kind, i, to] = group([column[i], column[to]]) or mesh.links.get((kind, i, to))
-    return mesh
+    if mesh.device.type == "cuda":
+        if mesh.device.index is None:
+            mesh.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(mesh.device)
+    if world > 1 and not joined:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if mesh.device.type == "cuda" else "gloo")
+    ranks, mine = torch.arange(world).view(mesh.dp, pp, tp), {}
+    groups = [(name, row) for axis, name in enumerate(("dp", "pp", "tp"))
+              for row in ranks.movedim(axis, -1).reshape(-1, ranks.shape[axis]).tolist() if len(row) > 1]
+    for column in [row for name, row in groups if name == "pp"]:
+        for kind, step in (("F", 1), ("B", -1)):
+            groups += [((kind, i, (i + step) % pp), [column[i], column[(i + step) % pp]]) for i in range(pp)]
+    for name, members in groups:            # every rank has to make every group
+        group = dist.new_group(members)
+        if rank in members:                 # they meet at once, so that later nobody waits for another
+            dist.all_reduce(torch.zeros(1, device=mesh.device), group=group)
+            mine[name] = group
+    return replace(mesh, dp_group=mine.get("dp"), pp_group=mine.get("pp"), tp_group=mine.get("tp"), links=mine)
 
 # --- the table: how tp splits each tensor ----------------------------------------------------------------------------
-
-# How a tensor lies over the tp ranks, and what its gradient is where several ranks hold the same values:
-ROWS, COLUMNS = "rows", "columns"           # split along axis 0 or 1
-KEYS = "keys"                               # split along axis 0 by key heads; where tp is more than those, copied
-WHOLE = "whole"                             # on every rank, and each computes the whole gradient
-HEADS = "heads"                             # on every rank, whose gradient is that of its own heads: to be summed
-TOKENS = "tokens"                           # the same with sequence parallel, where it is that of its own tokens
 
 @dataclass(frozen=True)
 class Spec:
@@ -174,9 +164,9 @@ class Spec:
     name: str
     shape: tuple[int, ...]
     axis: int                               # that is split
-    shards: int                             # into as many shares
     copies: int                             # ranks next to each other that hold the same share
     partial: bool                           # whether the gradients of copies are to be summed
+    shards: int                             # that there are
 
     @property
     def share(self) -> tuple[int, ...]:
@@ -194,28 +184,31 @@ def table(config: Config, value_head: bool = False, tp: int = 1, sequence: bool 
     """All tensors of the model in the order of their use. Initialisation, load, save, clipping and tests go by it."""
     c, kind, hidden, wide = config, config.model_type, config.hidden_size, config.intermediate_size
     q, kv = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    qkv = ("q", q, ROWS), ("k", kv, KEYS), ("v", kv, KEYS)
-    layer = [("input_norm", "input_layernorm.weight", (hidden,), TOKENS),
+    # How a tensor lies over the tp ranks, as (axis, copies, partial):
+    rows, columns = (0, 1, False), (1, 1, False)
+    keys = 0, max(1, tp // c.num_key_value_heads), True     # by key heads; where tp is more than those, copied
+    whole = 0, tp, False                                    # on every rank, and each computes the whole gradient
+    heads = 0, tp, True                                     # on every rank, whose gradient is that of its own heads
+    tokens = 0, tp, sequence                                # with sequence parallel, it is that of its own tokens
+    qkv = ("q", q, rows), ("k", kv, keys), ("v", kv, keys)
+    layer = [("input_norm", "input_layernorm.weight", (hidden,), tokens),
              *[("qkv", f"self_attn.{x}_proj.weight", (n, hidden), how) for x, n, how in qkv],
              *[("qkv_bias", f"self_attn.{x}_proj.bias", (n,), how) for x, n, how in qkv if c.attention_bias],
-             *[(f"{x}_norm", f"self_attn.{x}_norm.weight", (c.head_dim,), HEADS) for x in "qk" if c.qk_norm],
-             ("out", "self_attn.o_proj.weight", (hidden, q), COLUMNS),
-             *[("out_bias", "self_attn.o_proj.bias", (hidden,), TOKENS)] * (c.attention_bias and kind != "qwen2"),
-             ("mlp_norm", "post_attention_layernorm.weight", (hidden,), TOKENS),
-             *[("gate_up", f"mlp.{x}_proj.weight", (wide, hidden), ROWS) for x in ("gate", "up")],
-             ("down", "mlp.down_proj.weight", (hidden, wide), COLUMNS)]
-    ends = [("norm", "model.norm.weight", (hidden,), TOKENS)]
-    if value_head or not c.tie_word_embeddings:
-        ends.append(("score", "score.weight", (1, hidden), WHOLE) if value_head else
-                    ("head_weight", "lm_head.weight", (c.vocab_size, hidden), ROWS))
-    rows = [(-1, "embed", "model.embed_tokens.weight", (c.vocab_size, hidden), ROWS),
-            *[(i, ours, f"model.layers.{i}.{name}", *how) for i in range(c.num_hidden_layers)
-              for ours, name, *how in layer],
-            *[(c.num_hidden_layers, *row) for row in ends]]
-    copies = {ROWS: 1, COLUMNS: 1, KEYS: max(1, tp // c.num_key_value_heads), WHOLE: tp, HEADS: tp, TOKENS: tp}
-    return [Spec(i, ours, name, shape, int(how == COLUMNS), tp // copies[how], copies[how],
-                 copies[how] > 1 and (how in (KEYS, HEADS) or how == TOKENS and sequence))
-            for i, ours, name, shape, how in rows]
+             *[(f"{x}_norm", f"self_attn.{x}_norm.weight", (c.head_dim,), heads) for x in "qk" if c.qk_norm],
+             ("out", "self_attn.o_proj.weight", (hidden, q), columns),
+             *[("out_bias", "self_attn.o_proj.bias", (hidden,), tokens)] * (c.attention_bias and kind != "qwen2"),
+             ("mlp_norm", "post_attention_layernorm.weight", (hidden,), tokens),
+             *[("gate_up", f"mlp.{x}_proj.weight", (wide, hidden), rows) for x in ("gate", "up")],
+             ("down", "mlp.down_proj.weight", (hidden, wide), columns)]
+    tensors = [(-1, "embed", "model.embed_tokens.weight", (c.vocab_size, hidden), rows)]
+    tensors += [(i, ours, f"model.layers.{i}.{name}", *how) for i in range(c.num_hidden_layers)
+                for ours, name, *how in layer]
+    tensors.append((c.num_hidden_layers, "norm", "model.norm.weight", (hidden,), tokens))
+    if value_head:
+        tensors.append((c.num_hidden_layers, "score", "score.weight", (1, hidden), whole))
+    elif not c.tie_word_embeddings:
+        tensors.append((c.num_hidden_layers, "head_weight", "lm_head.weight", (c.vocab_size, hidden), rows))
+    return [Spec(*tensor, *how, shards=tp // how[1]) for *tensor, how in tensors]
 
 def check_layout(config: Config, mesh: Mesh, chunks: int) -> None:
     """Refuse a layout that cannot be, with the choices that would do."""
@@ -556,7 +549,7 @@ class Qwen3(nn.Module):
                 bucket.work.wait()
             if bucket.tied:                 # the sum of two is the same bits on both
                 dist.all_reduce(bucket.shard_total, group=mesh.links["F", mesh.pp - 1, 0])
-        for copies in {spec.copies for spec in self.specs if spec.partial}:         # each gathers all, and sums its own
+        for copies in {spec.copies for spec in self.specs if spec.partial} - {1}:   # each gathers all, and sums its own
             parts = [bucket.shard_total[where] for bucket in self.buckets for spec, _, where in bucket.pieces()
                      if spec.partial and spec.copies == copies]
             if parts:
