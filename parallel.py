@@ -34,7 +34,7 @@ Public names: Config, Mesh, init; Qwen3, packed; run; AdamW; save, load, latest,
 import gc, json, math, os, shutil, sys, tempfile, time, zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Mapping
 
@@ -153,6 +153,23 @@ def init(dp: int | None = None, pp: int = 1, tp: int = 1, device: str | None = N
             dist.all_reduce(torch.zeros(1, device=mesh.device), group=group)
             mine[name] = group
     return replace(mesh, dp_group=mine.get("dp"), pp_group=mine.get("pp"), tp_group=mine.get("tp"), links=mine)
+
+def _together(mesh: Mesh, action: Callable, tensors: Iterable = ()) -> list:
+    """What each rank's action returns. If one fails all do, as the others would wait for it forever: also for its parts
+    of `tensors`, which are asked for to the end."""
+    try:
+        mine = action(), None
+    except Exception as error:
+        mine = None, f"rank {mesh.rank} failed: {type(error).__name__}: {error}"
+    for _ in tensors:
+        pass
+    everyone = [mine] * mesh.size
+    if mesh.size > 1:
+        dist.all_gather_object(everyone, mine)
+    for _, error in everyone:
+        if error:
+            raise OSError(error)
+    return [value for value, _ in everyone]
 
 # --- the table: how tp splits each tensor ----------------------------------------------------------------------------
 
@@ -336,7 +353,7 @@ def landed(p: Tensor) -> None:
     if p.bucket.waiting is not None:
         collect([p])
         p.bucket.waiting.discard(p)
-        while (queue := p.bucket.queue) and queue[0].waiting is not None and not queue[0].waiting:
+        while (queue := p.bucket.queue) and queue[0].waiting == set():
             queue.pop(0).reduce()
 
 def collect(params: Iterable[Tensor]) -> None:
@@ -603,12 +620,10 @@ class Qwen3(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """A Hugging Face directory, with the small files of the one that the model came from; all ranks call this."""
-        tensors = (whole for _, whole in self.hf_tensors())
-        if self.mesh.rank == 0:
-            write_folder(Path(folder), {spec.name: spec.shape for spec in self.specs}, self.dtype, tensors,
-                         {"config.json": self.config.to_json()} | self.files)
-        for _ in tensors:                   # the other ranks gather, too
-            pass
+        tensors, shapes = (whole for _, whole in self.hf_tensors()), {spec.name: spec.shape for spec in self.specs}
+        files = {"config.json": self.config.to_json()} | self.files
+        _together(self.mesh, lambda: None if self.mesh.rank else
+                  write_folder(Path(folder), shapes, self.dtype, tensors, files), tensors)
 
 # --- the pipeline: lists of operations, and one loop that does them --------------------------------------------------
 
@@ -780,9 +795,13 @@ def write_safetensors(path: Path, shapes: dict[str, tuple], dtype: torch.dtype, 
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            file.write(memoryview(tensor.detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
+            file.write(memoryview(tensor.to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()))
+    _sync(path)
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 def open_safetensors(path: Path):
     from safetensors import SafetensorError, safe_open
@@ -844,27 +863,8 @@ def tiny_model(folder: str | Path, seed: int = 0, **overrides) -> Path:
 # put together from all ranks one by one, and dealt out to the files of all ranks. So reading one does not depend on the
 # layout that wrote it. All is written beside, and gets its name at the end by a rename.
 
-def _together(mesh: Mesh, action: Callable) -> list:
-    """What each rank's action returns. If one fails all do, as the others would wait for it forever."""
-    try:
-        mine = action(), None
-    except Exception as error:
-        mine = None, f"rank {mesh.rank} failed: {type(error).__name__}: {error}"
-    everyone = [mine] * mesh.size
-    if mesh.size > 1:
-        dist.all_gather_object(everyone, mine)
-    for _, error in everyone:
-        if error:
-            raise OSError(error)
-    return [value for value, _ in everyone]
-
 def _beside(folder: Path) -> tuple[Path, Path]:
     return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
 
 def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state: dict | None = None) -> Path:
     """Write a checkpoint; all ranks call this. `state` is rank 0's: numbers, strings, lists, dicts and tensors. It
@@ -876,6 +876,11 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     kinds = {kind: [state[kind] for state in optimizer.state] for kind in optimizer.state[0]} if optimizer else \
         {"param": None}
 
+    shapes = {f"{kind}/{spec.name}": spec.shape for kind in kinds for spec in model.specs[mesh.rank::mesh.size]}
+    dtype = optimizer.state[0]["param"].dtype if optimizer else model.dtype
+    tensors = (whole for shards in kinds.values()
+               for _, whole in islice(model.hf_tensors(shards), mesh.rank, None, mesh.size))
+
     def begin():
         if not folder.exists() and (found := latest(folder)):
             found.rename(folder)            # what a save before was killed at
@@ -885,15 +890,7 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
         return time.time_ns()
 
     def write():
-        tensors = (whole for shards in kinds.values() for i, (_, whole) in enumerate(model.hf_tensors(shards))
-                   if i % mesh.size == mesh.rank)
-        shapes = {f"{kind}/{spec.name}": spec.shape for kind in kinds for spec in model.specs[mesh.rank::mesh.size]}
-        dtype = optimizer.state[0]["param"].dtype if optimizer else model.dtype
-        try:
-            write_safetensors(new / f"rank-{mesh.rank:05d}.safetensors", shapes, dtype, tensors, {"saved": str(saved)})
-        finally:
-            for _ in tensors:               # also after an error: the other ranks need this one's parts
-                pass
+        write_safetensors(new / f"rank-{mesh.rank:05d}.safetensors", shapes, dtype, tensors, {"saved": str(saved)})
 
     def finish():
         about = {"saved": saved, "steps": optimizer.steps if optimizer else None, "dtype": str(model.dtype)[6:],
@@ -912,7 +909,7 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
 
     try:
         saved = _together(mesh, lambda: begin() if mesh.rank == 0 else None)[0]
-        _together(mesh, write)
+        _together(mesh, write, tensors)
         _together(mesh, lambda: finish() if mesh.rank == 0 else None)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
