@@ -12,18 +12,12 @@ Every layout computes what one process does, to rounding: gradients are sums of 
 counts, weights start from (seed, name), and the norm counts a parameter once. Attention is a function that is given:
 packed(...) to train, a paged cache to generate. To take this file, and kernels.py, to another project:
 
-    mesh = init(pp=2, tp=2)                                             # dp is what is left; Mesh() is one process
+    mesh = init(pp=2, tp=2)                                 # dp is what is left; Mesh() is one process
     model = Qwen3.from_pretrained("Qwen/Qwen3-0.6B", mesh, recompute=True)
     optimizer = AdamW(model, lr=1e-5, weight_decay=0.01, clip=1.0)
-
-    def loss(model, hidden, batch):                                     # at the last stage: (scalar, what run returns)
-        logprob, entropy = model.logprobs(hidden, batch["targets"])     # [tokens] each; a target of -100 is ignored
-        return -logprob.sum() / batch["count"], logprob.detach().sum()
-
-    for step in range(steps):           # a micro-batch is packed documents: tokens, positions, cu_seqlens (int32), ...
-        results = run(model, micro_batches, loss)                       # count: of all ranks and all micro-batches
-        norm = optimizer.step()
-    save("out/last", model, optimizer, {"step": step})                  # load(...) takes it to any other layout
+    results = run(model, micro_batches, loss)               # what these are: see pack and loss, in the demo
+    norm = optimizer.step()
+    save("out/last", model, optimizer, {"step": 7})         # load(...) takes it to any other layout
 
     python parallel.py                                       the demo; on a GPU, the speed of Qwen3-0.6B as well
     torchrun --nproc-per-node 4 parallel.py --tp 2 --pp 2    the demo on four processes, each on a CPU or a GPU
@@ -861,10 +855,10 @@ def tiny_model(folder: str | Path, seed: int = 0, **overrides) -> Path:
 
 # In a checkpoint there are whole tensors by their Hugging Face names, in fp32: parameters, and both moments. They are
 # put together from all ranks one by one, and dealt out to the files of all ranks. So reading one does not depend on the
-# layout that wrote it. All is written beside, and gets its name at the end by a rename.
+# layout that wrote it.
 
 def _beside(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+    return folder.parent / f".{folder.name}.new", folder.parent / f".{folder.name}.old"
 
 def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state: dict | None = None) -> Path:
     """Write a checkpoint; all ranks call this. `state` is rank 0's: numbers, strings, lists, dicts and tensors. It
@@ -889,9 +883,6 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
         new.mkdir(parents=True)
         return time.time_ns()
 
-    def write():
-        write_safetensors(new / f"rank-{mesh.rank:05d}.safetensors", shapes, dtype, tensors, {"saved": str(saved)})
-
     def finish():
         about = {"saved": saved, "steps": optimizer.steps if optimizer else None, "dtype": str(model.dtype)[6:],
                  "dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
@@ -909,7 +900,8 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
 
     try:
         saved = _together(mesh, lambda: begin() if mesh.rank == 0 else None)[0]
-        _together(mesh, write, tensors)
+        _together(mesh, lambda: write_safetensors(new / f"rank-{mesh.rank:05d}.safetensors", shapes, dtype, tensors,
+                                                  {"saved": str(saved)}), tensors)
         _together(mesh, lambda: finish() if mesh.rank == 0 else None)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -921,13 +913,14 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder, self.where = folder, {}
         try:
-            self.about = json.loads((folder / "checkpoint.json").read_text())
-        except (OSError, ValueError):
+            self.about = about = json.loads((folder / "checkpoint.json").read_text())
+            saved, ranks = str(about["saved"]), range(about["dp"] * about["pp"] * about["tp"])
+        except (OSError, ValueError, KeyError, TypeError):
             raise FileNotFoundError(f"there is no whole checkpoint in {folder}") from None
-        for rank in range(self.about["dp"] * self.about["pp"] * self.about["tp"]):
+        for rank in ranks:
             path = folder / f"rank-{rank:05d}.safetensors"
             file = open_safetensors(path)
-            if (file.metadata() or {}).get("saved") != str(self.about["saved"]):
+            if (file.metadata() or {}).get("saved") != saved:
                 raise ValueError(f"{path} is of another checkpoint; copy the whole folder again")
             self.where |= {key: (path, tuple(file.get_slice(key).get_shape())) for key in file.keys()}
 
@@ -940,7 +933,7 @@ def latest(folder: str | Path) -> Path | None:
     for path in (folder, *_beside(folder), *(folder.iterdir() if folder.is_dir() else ())):
         try:
             found.append((Checkpoint(path).about["saved"], path))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError):
             pass
     return max(found)[1] if found else None
 
@@ -957,8 +950,7 @@ def load(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None) -> di
             if checkpoint.where.get(key, (None, None))[1] != spec.shape:
                 raise ValueError(f"{checkpoint.folder} has no {key} of shape {spec.shape}; load it into the model that "
                                  "it was saved from, with AdamW only if that was saved")
-    for name, (spec, share) in model.mine.items():
-        share.copy_(spec.take(checkpoint.read(f"param/{name}"), rank))
+    model.load_hf((name, checkpoint.read(f"param/{name}")) for name in model.mine)
     for bucket, state in zip(model.buckets, optimizer.state if optimizer else ()):
         for kind, flat in state.items():
             for spec, first, where in bucket.pieces():
@@ -992,25 +984,25 @@ class Settings:
 
 MICRO = 8                                   # micro-batches a step
 
-def pack(documents: list[list[int]]) -> dict:
-    """A micro-batch; the last token of a document has nothing to predict."""
+def pack(documents: list[list[int]], count: int) -> dict:
+    """A micro-batch; the last token of a document has nothing to predict. count: the tokens, of all ranks and all
+    micro-batches, that have."""
     lengths = [len(x) for x in documents]
     return {"tokens": torch.tensor(sum(documents, [])), "positions": torch.cat([torch.arange(n) for n in lengths]),
             "targets": torch.tensor([t for x in documents for t in (*x[1:], -100)]),
-            "cu_seqlens": F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()}
+            "cu_seqlens": F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(), "count": count}
 
-def loss_over(count: int) -> Callable:
-    def loss(model: Qwen3, hidden: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
-        total = -model.logprobs(hidden, batch["targets"])[0].sum() / count
-        return total, total.detach()
-    return loss
+def loss(model: Qwen3, hidden: Tensor, batch: dict) -> tuple[Tensor, Tensor]:
+    """At the last stage, of each micro-batch: a scalar, and what run is to return."""
+    logprob, entropy = model.logprobs(hidden, batch["targets"])         # [tokens] each
+    total = -logprob.sum() / batch["count"]
+    return total, total.detach()
 
-def train(folder: Path, mesh: Mesh, settings: Settings, documents: list) -> tuple[Qwen3, AdamW, list[float]]:
+def train(folder: Path, mesh: Mesh, settings: Settings, batches: list[dict]) -> tuple[Qwen3, AdamW, list[float]]:
     """Some steps, and the loss of each."""
     model = Qwen3.from_pretrained(folder, mesh, dtype=torch.float64 if mesh.device.type == "cpu" else torch.bfloat16,
                                   chunks=settings.chunks, recompute=settings.recompute)
-    batches = [pack(documents[i::MICRO]) for i in range(MICRO)]
-    optimizer, losses, loss = AdamW(model, lr=3e-3, clip=1.0), [], loss_over(sum(map(len, documents)) - len(documents))
+    optimizer, losses = AdamW(model, lr=3e-3, clip=1.0), []
     for _ in range(15):
         results = run(model, batches[mesh.dp_rank::mesh.dp], loss, settings.schedule)
         losses.append(sum(_together(mesh, partial(float, sum(results) / mesh.tp))))     # tp: all have the same
@@ -1020,15 +1012,15 @@ def train(folder: Path, mesh: Mesh, settings: Settings, documents: list) -> tupl
 def demo(mesh: Mesh, settings: Settings) -> None:
     """A tiny model learns to count, on the mesh and alone; then its checkpoint goes to transformers."""
     from transformers import AutoModelForCausalLM
-    root = _together(mesh, lambda: tempfile.mkdtemp() if mesh.rank == 0 else None)[0]
-    _together(mesh, lambda: tiny_model(root + "/tiny") if mesh.rank == 0 else None)
+    folder = _together(mesh, lambda: tiny_model(Path(tempfile.mkdtemp(), "tiny")) if mesh.rank == 0 else None)[0]
     documents = [[(7 * d + 3 * i) % 256 for i in range(40 + d)] for d in range(2 * MICRO)]
-    model, optimizer, losses = train(root + "/tiny", mesh, settings, documents)
-    save(root + "/checkpoint", model, optimizer)
+    batches = [pack(documents[i::MICRO], sum(map(len, documents)) - len(documents)) for i in range(MICRO)]
+    model, optimizer, losses = train(folder, mesh, settings, batches)
+    checkpoint = save(folder.with_name("checkpoint"), model, optimizer)
     if mesh.rank == 0:
-        alone, _, wanted = train(root + "/tiny", Mesh(device=mesh.device), settings, documents)
-        ours, = run(alone, [pack(documents[:1])], loss_over(len(documents[0]) - 1), backward=False)
-        theirs = AutoModelForCausalLM.from_pretrained(merge(root + "/checkpoint", root + "/merged")).to(mesh.device)
+        alone, _, wanted = train(folder, Mesh(device=mesh.device), settings, batches)
+        ours, = run(alone, [pack(documents[:1], len(documents[0]) - 1)], loss, backward=False)
+        theirs = AutoModelForCausalLM.from_pretrained(merge(checkpoint, folder.with_name("merged"))).to(mesh.device)
         inputs = torch.tensor(documents[:1], device=mesh.device)
         errors = max(abs(a - b) for a, b in zip(losses, wanted)), abs(theirs(inputs, labels=inputs).loss - ours).item()
         print(f"dp {mesh.dp} x pp {mesh.pp} x tp {mesh.tp} on {mesh.device.type}: loss {losses[0]:.3f} -> "
@@ -1036,7 +1028,7 @@ def demo(mesh: Mesh, settings: Settings) -> None:
               f"transformers {errors[1]:.1e}")
         if not (max(errors) < (1e-5 if mesh.device.type == "cpu" else 0.05) and losses[-1] < 0.8 * losses[0]):
             sys.exit("these should be equal, and the loss should fall")
-        shutil.rmtree(root)
+        shutil.rmtree(folder.parent)
     _together(mesh, lambda: None)
 
 def training_flops(config: Config, lengths: Iterable[int]) -> float:
@@ -1047,7 +1039,7 @@ def training_flops(config: Config, lengths: Iterable[int]) -> float:
 
 def our_step(config: Config, mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
     model = Qwen3(config, mesh, chunks=settings.chunks, recompute=settings.recompute)
-    optimizer, batches, loss = AdamW(model, clip=1.0), [pack(documents.tolist())] * MICRO, loss_over(documents.numel())
+    optimizer, batches = AdamW(model, clip=1.0), [pack(documents.tolist(), documents.numel())] * MICRO
     return lambda: (run(model, batches, loss, settings.schedule), optimizer.step())
 
 def their_step(config: Config, mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
