@@ -235,17 +235,15 @@ def check_layout(config: Config, mesh: Mesh, chunks: int) -> None:
 # --- tensor parallel: four conjugate operations ----------------------------------------------------------------------
 
 class _Conjugate(torch.autograd.Function):
+    """x through `there`, and its gradient through `back`; either may be None, which leaves it as it is."""
     @staticmethod
     def forward(ctx, x, there, back):
         ctx.back = back
-        return there(x)
+        return there(x) if there else x
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.back(grad), None, None
-
-def _same(x: Tensor) -> Tensor:
-    return x
+        return ctx.back(grad) if ctx.back else grad, None, None
 
 class TensorParallel:
     """A layer needs its group at two points: where its products by columns begin, and where those by rows end. The four
@@ -259,13 +257,13 @@ class TensorParallel:
         """g or f: [tokens, width] on every rank."""
         if self.sequence:
             return _Conjugate.apply(x, self.all_gather, self.reduce_scatter)[:tokens]
-        return x if self.size == 1 else _Conjugate.apply(x, _same, self.all_reduce)
+        return x if self.size == 1 else _Conjugate.apply(x, None, self.all_reduce)
 
     def leave(self, x: Tensor) -> Tensor:
         """g_bar or f_bar: the sum over ranks, [tokens, width], or this rank's rows of it."""
         if self.sequence:
             return _Conjugate.apply(F.pad(x, [0, 0, 0, -len(x) % self.size]), self.reduce_scatter, self.all_gather)
-        return x if self.size == 1 else _Conjugate.apply(x, self.all_reduce, _same)
+        return x if self.size == 1 else _Conjugate.apply(x, self.all_reduce, None)
 
     def whole(self, x: Tensor, length: int) -> Tensor:
         """All rows, of which every rank computes the same, and so the whole gradient."""
@@ -294,7 +292,7 @@ class Bucket:
     it gets the sum of the gradients there, and steps the parameters there."""
     def __init__(self, specs: list[Spec], module: nn.Module, chunk: int, mesh: Mesh, dtype, device):
         self.mesh, self.chunk, self.params, self.layout, self.queue, places, size = mesh, chunk, [], [], [], [], 0
-        self.tied = self.is_copy = False                    # tied embeddings: the first and the last stage have them
+        self.tied = False                                   # tied embeddings: the first and the last stage have them
         self.total = self.shard_total = self.work = self.waiting = None
         for ours, stacked in groupby(specs, lambda spec: spec.ours):
             start = size
@@ -481,7 +479,6 @@ class Qwen3(nn.Module):
             if pp_rank == mesh.pp_rank:
                 bucket = Bucket(list(group), modules[layer], chunk, mesh, self.dtype, self.device)
                 bucket.tied = tied and words and mesh.pp > 1
-                bucket.is_copy = bucket.tied and layer == layers
                 self.buckets.append(bucket)
         if tied and mesh.pp == 1:
             self.head_weight = self.embed
@@ -528,7 +525,7 @@ class Qwen3(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[tokens, vocab_size], on every tp rank; to generate from bf16 in fp32, as the product sums them up."""
-        hidden = hidden if self.tp.size == 1 else _Conjugate.apply(hidden, _same, self.tp.all_reduce)
+        hidden = hidden if self.tp.size == 1 else _Conjugate.apply(hidden, None, self.tp.all_reduce)
         if hidden.is_cuda and hidden.dtype == torch.bfloat16 and not torch.is_grad_enabled():
             words = torch.mm(hidden, self.head_weight.T, out_dtype=torch.float32)
         else:
@@ -768,7 +765,7 @@ class AdamW:
         mesh, model = self.model.mesh, self.model
         parts = [torch.zeros(1, device=model.device)]
         parts += [bucket.shard_total[where] for bucket in model.buckets for spec, _, where in bucket.pieces()
-                  if mesh.tp_rank % spec.copies == 0 and not bucket.is_copy]
+                  if mesh.tp_rank % spec.copies == 0 and not (bucket.tied and mesh.pp_rank)]
         total = torch.stack([norm.double() for norm in torch._foreach_norm(parts)]).square().sum()
         if mesh.size > 1:
             dist.all_reduce(total)
@@ -1037,16 +1034,16 @@ def training_flops(config: Config, lengths: Iterable[int]) -> float:
     pairs = 6 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
     return float(sum(dense * n + pairs * n * n for n in lengths))
 
-def our_step(config: Config, mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
-    model = Qwen3(config, mesh, chunks=settings.chunks, recompute=settings.recompute)
+def our_step(mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
+    model = Qwen3(Config(), mesh, chunks=settings.chunks, recompute=settings.recompute)
     optimizer, batches = AdamW(model, clip=1.0), [pack(documents.tolist(), documents.numel())] * MICRO
     return lambda: (run(model, batches, loss, settings.schedule), optimizer.step())
 
-def their_step(config: Config, mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
+def their_step(mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
     """transformers on the same documents: all are of one length, so it needs neither padding nor packing."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**json.loads(config.to_json())), dtype=torch.bfloat16,
-                                             attn_implementation="sdpa").to(mesh.device)
+    config = AutoConfig.for_model(**json.loads(Config().to_json()))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").to(mesh.device)
     optimizer, inputs = torch.optim.AdamW(model.parameters(), fused=True), documents.to(mesh.device)
     def step():
         for _ in range(MICRO):
@@ -1060,10 +1057,9 @@ def their_step(config: Config, mesh: Mesh, settings: Settings, documents: Tensor
 def benchmark(mesh: Mesh, settings: Settings) -> None:
     """Qwen3-0.6B with random weights on documents of 1024 tokens; on one GPU, transformers beside it. MFU is the share
     of an H200's 989 TFLOP/s; idle, that of the time in which no kernel runs."""
-    config = Config()
     for tokens, make in [(8192, our_step), (16_384, our_step), (8192, their_step)][:3 if mesh.size == 1 else 2]:
         documents = torch.arange(tokens).view(-1, 1024)                 # which words these are does not matter
-        step, times = make(config, mesh, settings, documents), []
+        step, times = make(mesh, settings, documents), []
         torch.cuda.reset_peak_memory_stats()
         for _ in range(6):
             start = time.perf_counter()
@@ -1074,7 +1070,7 @@ def benchmark(mesh: Mesh, settings: Settings) -> None:
             step()
         seconds, events = sorted(times[1:])[2], profile.key_averages()
         busy = sum(event.self_device_time_total for event in events) / 1e6
-        flops = training_flops(config, [1024] * (len(documents) * MICRO * mesh.dp)) / mesh.size
+        flops = training_flops(Config(), [1024] * (len(documents) * MICRO * mesh.dp)) / mesh.size
         if mesh.rank == 0:
             print(f"{make.__name__}, {MICRO} x {tokens} tokens: {seconds * 1e3:.0f} ms, "
                   f"{tokens * MICRO * mesh.dp / seconds:.0f} tokens/s, {flops / seconds / 989e12:.1%} MFU, "
