@@ -170,7 +170,7 @@ def _together(mesh: Mesh, action: Callable, tensors: Iterable = ()) -> list:
 @dataclass(frozen=True)
 class Spec:
     """A tensor by its Hugging Face name, and the share of it that a tp rank holds."""
-    layer: int                              # -1: before the layers; as many as there are layers: after them
+    layer: int                              # -1: the words, before the layers; after them come the norm, and the head
     ours: str                               # the parameter that it is a part of, as some of its rows
     name: str
     shape: tuple[int, ...]
@@ -218,7 +218,7 @@ def table(config: Config, value_head: bool = False, tp: int = 1, sequence: bool 
     if value_head:
         tensors.append((c.num_hidden_layers, "score", "score.weight", (1, hidden), whole))
     elif not c.tie_word_embeddings:
-        tensors.append((c.num_hidden_layers, "head_weight", "lm_head.weight", (c.vocab_size, hidden), rows))
+        tensors.append((c.num_hidden_layers + 1, "head_weight", "lm_head.weight", (c.vocab_size, hidden), rows))
     return [Spec(*tensor, *how, shards=tp // how[1]) for *tensor, how in tensors]
 
 def check_layout(config: Config, mesh: Mesh, chunks: int) -> None:
@@ -290,9 +290,9 @@ class Bucket:
     """The parameters of a layer, or the words, side by side in one flat tensor; and their gradients in another, in fp32
     (fp64 if the model is). All of it is reduced, stepped and gathered by one call each. A dp rank owns a shard of both:
     it gets the sum of the gradients there, and steps the parameters there."""
-    def __init__(self, specs: list[Spec], module: nn.Module, chunk: int, mesh: Mesh, dtype, device):
-        self.mesh, self.chunk, self.params, self.layout, self.queue, places, size = mesh, chunk, [], [], [], [], 0
-        self.tied = False                                   # tied embeddings: the first and the last stage have them
+    def __init__(self, model: "Qwen3", specs: list[Spec], module: nn.Module, chunk: int, tied: bool):
+        self.mesh, self.chunk, self.tied = model.mesh, chunk, tied      # tied: another stage has the same words
+        self.params, self.layout, self.queue, places, size = [], [], [], [], 0
         self.total = self.shard_total = self.work = self.waiting = None
         for ours, stacked in groupby(specs, lambda spec: spec.ours):
             start = size
@@ -301,9 +301,9 @@ class Bucket:
                 size += math.prod(spec.share)
             places.append((ours, slice(start, size), spec.share[1:]))
             size = -(-size // 64) * 64                      # 128 bytes: what kernels like to begin at
-        each = -(-size // (64 * mesh.dp)) * 64
-        self.flat = torch.zeros(each * mesh.dp, dtype=dtype, device=device)
-        self.shard = slice(each * mesh.dp_rank, each * (mesh.dp_rank + 1))
+        each = -(-size // (64 * self.mesh.dp)) * 64
+        self.flat = torch.zeros(each * self.mesh.dp, dtype=model.dtype, device=model.device)
+        self.shard = slice(each * self.mesh.dp_rank, each * (self.mesh.dp_rank + 1))
         for ours, where, tail in places:
             p = nn.Parameter(self.flat[where].view(-1, *tail))
             p.bucket, p.where, p.total = self, where, None
@@ -469,17 +469,15 @@ class Qwen3(nn.Module):
 
     def _allocate(self) -> None:
         """Make the parameters, in buckets."""
-        mesh, specs, layers = self.mesh, list(self.specs), self.config.num_hidden_layers
-        tied = self.config.tie_word_embeddings and not self.value_head
+        mesh, specs, modules = self.mesh, list(self.specs), {layer.index: layer for layer in self.layers}
+        tied, head = self.config.tie_word_embeddings and not self.value_head, self.config.num_hidden_layers + 1
         if tied and mesh.pp > 1:            # the last stage has a copy of the words; gradients are exchanged
-            specs.append(replace(specs[0], layer=layers, ours="head_weight"))
-        modules = {-1: self, layers: self} | {layer.index: layer for layer in self.layers}
-        for (layer, words), group in groupby(specs, lambda spec: (spec.layer, spec.ours in ("embed", "head_weight"))):
+            specs.append(replace(specs[0], layer=head, ours="head_weight"))
+        for layer, group in groupby(specs, lambda spec: spec.layer):
             chunk, pp_rank = divmod(self.stage_of(layer), mesh.pp)
             if pp_rank == mesh.pp_rank:
-                bucket = Bucket(list(group), modules[layer], chunk, mesh, self.dtype, self.device)
-                bucket.tied = tied and words and mesh.pp > 1
-                self.buckets.append(bucket)
+                shared = tied and mesh.pp > 1 and layer in (-1, head)
+                self.buckets.append(Bucket(self, list(group), modules.get(layer, self), chunk, shared))
         if tied and mesh.pp == 1:
             self.head_weight = self.embed
 
@@ -806,7 +804,7 @@ def open_safetensors(path: Path):
 def read_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of model.safetensors, or of the files that its index names."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
+    if index.exists() and not (folder / "model.safetensors").exists():      # both: the index is of an older model
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     for file in [open_safetensors(folder / name) for name in names]:
         yield from ((name, file.get_tensor(name)) for name in file.keys())
