@@ -769,7 +769,7 @@ class AdamW:
             dist.all_reduce(total)
         return total.sqrt().to(parts[-1].dtype)
 
-# --- files: Hugging Face's, and a tiny model -------------------------------------------------------------------------
+# --- files: Hugging Face's, and checkpoints from any layout to any other ---------------------------------------------
 
 def write_safetensors(path: Path, shapes: dict[str, tuple], dtype: torch.dtype, tensors: Iterable[Tensor],
                       metadata: dict[str, str]) -> None:
@@ -845,8 +845,6 @@ def tiny_model(folder: str | Path, seed: int = 0, **overrides) -> Path:
                             additional_special_tokens=[words[257]], clean_up_tokenization_spaces=False,
                             chat_template=CHAT_TEMPLATE).save_pretrained(folder)
     return Path(folder)
-
-# --- checkpoints: from any layout to any other -----------------------------------------------------------------------
 
 # In a checkpoint there are whole tensors by their Hugging Face names, in fp32: parameters, and both moments. They are
 # put together from all ranks one by one, and dealt out to the files of all ranks. So reading one does not depend on the
