@@ -291,8 +291,8 @@ class Bucket:
     (fp64 if the model is). All of it is reduced, stepped and gathered by one call each. A dp rank owns a shard of both:
     it gets the sum of the gradients there, and steps the parameters there."""
     def __init__(self, model: "Qwen3", specs: list[Spec], module: nn.Module, chunk: int, tied: bool):
-        self.mesh, self.chunk, self.tied = model.mesh, chunk, tied      # tied: another stage has the same words
-        self.params, self.layout, self.queue, places, size = [], [], [], [], 0
+        self.model, self.mesh, self.chunk = model, model.mesh, chunk
+        self.tied, self.params, self.layout, places, size = tied, [], [], [], 0     # tied: words of two stages
         self.total = self.shard_total = self.work = self.waiting = None
         for ours, stacked in groupby(specs, lambda spec: spec.ours):
             start = size
@@ -345,7 +345,7 @@ def landed(p: Tensor) -> None:
     if p.bucket.waiting is not None:
         collect([p])
         p.bucket.waiting.discard(p)
-        while (queue := p.bucket.queue) and queue[0].waiting == set():
+        while (queue := p.bucket.model.queue) and queue[0].waiting == set():
             queue.pop(0).reduce()
 
 def collect(params: Iterable[Tensor]) -> None:
@@ -455,7 +455,7 @@ class Qwen3(nn.Module):
         self.layers = nn.ModuleList(Layer(i, config, self.tp, *tables) for i in range(config.num_hidden_layers)
                                     if self.stage_of(i) % mesh.pp == mesh.pp_rank)
         self.embed = self.norm = self.head_weight = self.score = None
-        self.buckets, self.reduced = [], False
+        self.buckets, self.queue = [], None     # of those whose gradients are to be reduced; None: all are final
         self._allocate()
         self.mine = {spec.name: (spec, bucket.flat[start:stop].view(spec.share)) for bucket in self.buckets
                      for spec, start, stop in bucket.layout}
@@ -536,20 +536,20 @@ class Qwen3(nn.Module):
         return hidden.to(wide) @ self.score[0].to(wide)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
-        self.reduced, queue = False, self.buckets[::-1]     # the last layers first, as their gradients come
+        self.queue = self.buckets[::-1]     # the last layers first, as their gradients come
         for bucket in self.buckets:
             bucket.zero()
-            bucket.queue = queue
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """After the last backward: each gradient summed over all ranks that have a part of it, on its dp shard."""
-        if self.reduced:
+        if self.queue is None:
             return
-        self.reduced, queue, mesh = True, self.buckets[0].queue, self.mesh
+        mesh = self.mesh
         collect(self.parameters())          # of a plain backward, without run
-        while queue:
-            queue.pop(0).reduce()
+        while self.queue:
+            self.queue.pop(0).reduce()
+        self.queue = None
         for bucket in self.buckets:
             if mesh.dp > 1:
                 bucket.work.wait()
@@ -862,7 +862,6 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     new, old = _beside(folder)
     kinds = {kind: [state[kind] for state in optimizer.state] for kind in optimizer.state[0]} if optimizer else \
         {"param": None}
-
     shapes = {f"{kind}/{spec.name}": spec.shape for kind in kinds for spec in model.specs[mesh.rank::mesh.size]}
     dtype = optimizer.state[0]["param"].dtype if optimizer else model.dtype
     tensors = (whole for shards in kinds.values()
