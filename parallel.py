@@ -860,10 +860,9 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists():
         raise ValueError(f"{folder} holds something else than a checkpoint; save to a new folder, as {folder}/last")
     new, old = _beside(folder)
-    kinds = {kind: [state[kind] for state in optimizer.state] for kind in optimizer.state[0]} if optimizer else \
-        {"param": None}
+    states = optimizer.state if optimizer else [{"param": bucket.flat[bucket.shard]} for bucket in model.buckets]
+    kinds, dtype = {kind: [state[kind] for state in states] for kind in states[0]}, states[0]["param"].dtype
     shapes = {f"{kind}/{spec.name}": spec.shape for kind in kinds for spec in model.specs[mesh.rank::mesh.size]}
-    dtype = optimizer.state[0]["param"].dtype if optimizer else model.dtype
     tensors = (whole for shards in kinds.values()
                for _, whole in islice(model.hf_tensors(shards), mesh.rank, None, mesh.size))
 
