@@ -12,12 +12,18 @@ Every layout computes what one process does, to rounding: gradients are sums of 
 counts, weights start from (seed, name), and the norm counts a parameter once. Attention is a function that is given:
 packed(...) to train, a paged cache to generate. To take this file, and kernels.py, to another project:
 
-    mesh = init(pp=2, tp=2)                                 # dp is what is left; Mesh() is one process
+    mesh = init(pp=2, tp=2)                                             # dp is what is left; Mesh() is one process
     model = Qwen3.from_pretrained("Qwen/Qwen3-0.6B", mesh, recompute=True)
     optimizer = AdamW(model, lr=1e-5, weight_decay=0.01, clip=1.0)
-    results = run(model, micro_batches, loss)               # what these are: see pack and loss, in the demo
-    norm = optimizer.step()
-    save("out/last", model, optimizer, {"step": 7})         # load(...) takes it to any other layout
+
+    def loss(model, hidden, batch):                                     # at the last stage: (scalar, what run returns)
+        logprob, entropy = model.logprobs(hidden, batch["targets"])     # [tokens] each; a target of -100 is ignored
+        return -logprob.sum() / batch["count"], logprob.detach().sum()
+
+    for step in range(steps):           # a micro-batch is packed documents: tokens, positions, cu_seqlens (int32), ...
+        results = run(model, micro_batches, loss)                       # count: of all ranks and all micro-batches
+        norm = optimizer.step()
+    save("out/last", model, optimizer, {"step": step})                  # load(...) takes it to any other layout
 
     python parallel.py                                       the demo; on a GPU, the speed of Qwen3-0.6B as well
     torchrun --nproc-per-node 4 parallel.py --tp 2 --pp 2    the demo on four processes, each on a CPU or a GPU
@@ -973,7 +979,8 @@ class Settings:
     device: str | None = None               # None: cuda where there is one
     bench: bool = False                     # the speed alone
 
-MICRO = 8                                   # micro-batches a step
+MICRO = 8                                   # micro-batches a step of the demo
+STEP = 131_072                              # tokens a step of the benchmark, on each replica
 
 def pack(documents: list[list[int]], count: int) -> dict:
     """A micro-batch; the last token of a document has nothing to predict. count: the tokens, of all ranks and all
@@ -1030,7 +1037,8 @@ def training_flops(config: Config, lengths: Iterable[int]) -> float:
 
 def our_step(mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
     model = Qwen3(Config(), mesh, chunks=settings.chunks, recompute=settings.recompute)
-    optimizer, batches = AdamW(model, clip=1.0), [pack(documents.tolist(), documents.numel())] * MICRO
+    batches = [pack(documents.tolist(), documents.numel())] * (STEP // documents.numel())
+    optimizer = AdamW(model, clip=1.0)
     return lambda: (run(model, batches, loss, settings.schedule), optimizer.step())
 
 def their_step(mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
@@ -1040,9 +1048,9 @@ def their_step(mesh: Mesh, settings: Settings, documents: Tensor) -> Callable:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").to(mesh.device)
     optimizer, inputs = torch.optim.AdamW(model.parameters(), fused=True), documents.to(mesh.device)
     def step():
-        for _ in range(MICRO):
+        for _ in range(STEP // documents.numel()):
             with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
-                (model(inputs, labels=inputs, use_cache=False).loss / MICRO).backward()
+                (model(inputs, labels=inputs, use_cache=False).loss * documents.numel() / STEP).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -1052,23 +1060,23 @@ def benchmark(mesh: Mesh, settings: Settings) -> None:
     """Qwen3-0.6B with random weights on documents of 1024 tokens; on one GPU, transformers beside it. MFU is the share
     of an H200's 989 TFLOP/s; idle, that of the time in which no kernel runs."""
     for tokens, make in [(8192, our_step), (16_384, our_step), (8192, their_step)][:3 if mesh.size == 1 else 2]:
-        documents = torch.arange(tokens).view(-1, 1024)                 # which words these are does not matter
-        step, times = make(mesh, settings, documents), []
+        step = make(mesh, settings, torch.arange(tokens).view(-1, 1024))        # which words these are does not matter
         torch.cuda.reset_peak_memory_stats()
-        for _ in range(6):
+        for count in (2, 5):                # first to compile; then, as in training, no step waits for another
             start = time.perf_counter()
-            step()
+            for _ in range(count):
+                step()
             torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
+            seconds = (time.perf_counter() - start) / count
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
             step()
-        seconds, events = sorted(times[1:])[2], profile.key_averages()
+        events = profile.key_averages()
         busy = sum(event.self_device_time_total for event in events) / 1e6
-        flops = training_flops(Config(), [1024] * (len(documents) * MICRO * mesh.dp)) / mesh.size
+        mfu = training_flops(Config(), [1024] * (STEP * mesh.dp // 1024)) / mesh.size / seconds / 989e12
         if mesh.rank == 0:
-            print(f"{make.__name__}, {MICRO} x {tokens} tokens: {seconds * 1e3:.0f} ms, "
-                  f"{tokens * MICRO * mesh.dp / seconds:.0f} tokens/s, {flops / seconds / 989e12:.1%} MFU, "
-                  f"{max(0, 1 - busy / seconds):.0%} idle, {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB")
+            print(f"{make.__name__}, micro-batches of {tokens} tokens: {seconds * 1e3:.0f} ms, "
+                  f"{STEP * mesh.dp / seconds:.0f} tokens/s, {mfu:.1%} MFU, {max(0, 1 - busy / seconds):.0%} idle, "
+                  f"{torch.cuda.max_memory_allocated() / 2**30:.0f} GiB")
             print(events.table(sort_by="self_device_time_total", row_limit=16), flush=True)
         del step
         gc.collect()                        # parameters and buckets refer to each other

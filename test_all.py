@@ -4011,6 +4011,46 @@ def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoin
     assert names == ["good"] and state == {"step": 1}
 
 
+def _no_folder(path):
+    """Rank 0 cannot make the folder of a model that is in two shares."""
+    try:
+        P.Qwen3(small_config(), P.init(tp=2)).save_pretrained(path)
+    except OSError as error:
+        return str(error)
+
+
+def test_a_model_that_cannot_be_written_is_an_error_on_all_ranks(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for error in on_ranks(2, _no_folder, tmp_path / "file" / "model", timeout=30):
+        assert "rank 0" in error and "NotADirectory" in error
+
+
+def test_checkpoints_are_found_in_the_working_directory(tmp_path, monkeypatch):
+    model, optimizer = _alone()
+    P.save(tmp_path / "step-1", model, optimizer, {"step": 1})
+    monkeypatch.chdir(tmp_path)
+    assert P.latest(".") == Path("step-1") and P.load(".", model, optimizer) == {"step": 1}
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"saved": 1, "dp": null, "pp": 1, "tp": 1}', "not json"])
+def test_a_spoilt_description_of_a_checkpoint_is_passed_over(text, tmp_path):
+    model, _ = _alone()
+    P.save(tmp_path / "step-1", model)
+    P.save(tmp_path / "step-2", model)
+    (tmp_path / "step-2" / "checkpoint.json").write_text(text)
+    assert P.latest(tmp_path) == tmp_path / "step-1"
+    with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
+        P.load(tmp_path / "step-2", model)
+
+
+def test_whole_weights_come_before_the_index_of_an_older_model(tmp_path):
+    transformers_model("Qwen3", tmp_path, shard="20KB", tie_word_embeddings=True)
+    model = P.Qwen3.from_pretrained(tmp_path, P.Mesh(device="cpu"))
+    perturb(model).save_pretrained(tmp_path)                            # beside the shards that it came from
+    again = P.Qwen3.from_pretrained(tmp_path, P.Mesh(device="cpu"))
+    assert all(torch.equal(x, parameters(model)[name]) for name, x in again.hf_tensors())
+
+
 def test_training_flops_are_six_a_parameter_and_token_and_causal_attention():
     config = P.Config()                                                 # 596 M parameters, the words counted once
     wanted = 8192 * 6 * 596_049_920 + 8 * 6 * 28 * 2048 * 1024**2
