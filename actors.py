@@ -282,17 +282,11 @@ class Loop:
 class Channel:
     """One end of a connection, in a Loop. It never blocks: what the socket does not take waits in `out`."""
 
-    def __init__(self, loop, on_messages, on_close, sock=None):
-        self.loop, self.on_messages, self.on_close, self.sock = loop, on_messages, on_close, None
+    def __init__(self, loop, sock, on_messages, on_close):
+        self.loop, self.sock, self.on_messages, self.on_close = loop, sock, on_messages, on_close
         self.out, self.buffer, self.full = [], bytearray(), False
-        if sock is not None:
-            self.attach(sock)
-
-    def attach(self, sock):
         sock.setblocking(False)
-        self.sock = sock
-        self.loop.watch(sock.fileno(), self.ready)
-        self.loop.dirty.add(self)
+        loop.watch(sock.fileno(), self.ready)
 
     def send(self, *message):
         self.out.append(frame(*message))
@@ -344,11 +338,12 @@ class Channel:
 # --- a node: one machine's workers and arena. The hub is its own machine's; the others talk to the hub over TCP ---
 
 class Node:
-    """Forks workers, from a process that has one thread, and reports what becomes of them."""
+    """Forks workers, from a process that has one thread, passes on what they and the hub say to each other, and
+    reports what they print and how they end. The hub calls its methods by name: here, or through a Channel."""
 
     def __init__(self, loop, arena, config, report):
         self.loop, self.arena, self.config, self.report = loop, arena, config, report
-        self.workers, self.pids, self.logs = {}, {}, {}
+        self.workers, self.ids = {}, {}             # worker's id -> pid, log, channel; its pid -> its id
         _libc.prctl(36, 1, 0, 0, 0)                 # PR_SET_CHILD_SUBREAPER: orphans below become our children
         wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -359,20 +354,25 @@ class Node:
         for name in config["preload"]:
             importlib.import_module(name)
 
-    def fork(self, worker_id, env, settings, sock=None):
+    def fork(self, worker_id, env, settings):
         log, output = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = socket.socketpair()
         pid = os.fork()
         if pid == 0:
             try:
-                self.become_worker(env, settings, sock, output)
+                self.become_worker(env, settings, theirs, output)
             except Exception:
                 traceback.print_exc()
             finally:
                 os._exit(1)
         os.close(output)
+        theirs.close()
         os.set_blocking(log, False)
-        self.workers[worker_id], self.pids[pid], self.logs[worker_id] = pid, worker_id, log
-        self.loop.watch(log, lambda: self.read_log(worker_id))
+        worker = types.SimpleNamespace(id=worker_id, pid=pid, log=log, channel=Channel(
+            self.loop, ours, lambda messages: self.pass_on(worker, messages),
+            lambda: self.signal(worker_id, signal.SIGKILL)))
+        self.workers[worker_id], self.ids[pid] = worker, worker_id
+        self.loop.watch(log, lambda: self.read_log(worker))
 
     def become_worker(self, env, settings, sock, output):
         signal.set_wakeup_fd(-1)
@@ -384,7 +384,7 @@ class Node:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        keep = {0, 1, 2, self.arena.fd, sock.fileno() if sock else -1}
+        keep = {0, 1, 2, self.arena.fd, sock.fileno()}
         for fd in map(int, os.listdir("/proc/self/fd")):
             with contextlib.suppress(OSError):      # the listing's own is closed already
                 if fd not in keep:
@@ -396,27 +396,33 @@ class Node:
         os.environ.update(env)
         if "numpy.random" in sys.modules:
             sys.modules["numpy.random"].seed()
-        own = sock or _connect(self.config["address"], self.config["key"])
-        client = _set_client(Client(own, self.arena, self.config | settings))
+        client = _set_client(Client(sock, self.arena, self.config | settings))
         client.worker = Worker(client)
-        if sock is None:
-            client.send("hello_worker", settings["worker"])
         client.worker.live()
 
-    def read_log(self, worker_id):
+    def send(self, worker_id, *message):
+        if worker := self.workers.get(worker_id):
+            worker.channel.send(*message)
+
+    def pass_on(self, worker, messages):
+        while self.read_log(worker): pass           # what it printed before it said this
+        self.report("messages", worker.id, messages)
+
+    def read_log(self, worker):
         try:
-            data = os.read(self.logs[worker_id], 1 << 16)
+            data = os.read(worker.log, 1 << 16)
         except BlockingIOError:
             return False
         if data:
-            self.report("log", worker_id, self.workers[worker_id], data)
+            self.report("log", worker.id, worker.pid, data)
         else:
-            self.loop.forget(self.logs[worker_id])
+            self.loop.forget(worker.log)
         return bool(data)
 
     def signal(self, worker_id, number):
-        if worker_id in self.workers:
-            os.kill(self.workers[worker_id], number)
+        if worker := self.workers.get(worker_id):
+            worker.channel.flush()                  # what the signal is about has to be there first
+            os.kill(worker.pid, number)
 
     def reap(self):
         while True:
@@ -426,18 +432,18 @@ class Node:
                 return
             if not pid:
                 return
-            if pid not in self.pids:
+            if pid not in self.ids:
                 continue
-            worker_id = self.pids.pop(pid)
+            worker = self.workers.pop(self.ids.pop(pid))
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)      # what it started goes with it,
-            self.kill_children(but=self.pids)       # also what had left its process group, and is our child now
-            while self.read_log(worker_id): pass
-            log = self.logs.pop(worker_id)
-            self.loop.forget(log)
-            os.close(log)
-            del self.workers[worker_id]
-            self.report("exited", worker_id, pid, os.waitstatus_to_exitcode(status))
+            self.kill_children(but=self.ids)        # also what had left its process group, and is our child now
+            while worker.channel.sock and worker.channel.read(): pass           # its last words
+            while self.read_log(worker): pass
+            worker.channel.close()
+            self.loop.forget(worker.log)
+            os.close(worker.log)
+            self.report("exited", worker.id, pid, os.waitstatus_to_exitcode(status))
 
     def kill_children(self, but=()):
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -577,7 +583,7 @@ class Peer:
     """The driver or a worker, seen from the hub."""
     id: str
     node: Pool
-    channel: Channel = None
+    send: callable                  # its messages
     holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     unsealed: set = dataclasses.field(default_factory=set)      # offsets in the arena that it may be writing to
     kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
@@ -601,8 +607,8 @@ class Hub:
         self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
         self.local = Node(self.loop, arena, config, functools.partial(self.report, None))
         self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
-        self.driver = self.peers["driver"] = Peer("driver", self.head)
-        self.driver.channel = Channel(self.loop, functools.partial(self.handle, self.driver), self.loop.stop, sock)
+        channel = Channel(self.loop, sock, lambda messages: self.handle(self.driver, messages), self.loop.stop)
+        self.driver = self.peers["driver"] = Peer("driver", self.head, channel.send)
         self.loop.watch(os.pidfd_open(os.getppid()), self.loop.stop)    # a child of the driver may hold its socket
         if listener:
             self.loop.watch(listener.fileno(), lambda: self.greet(listener))
@@ -627,12 +633,16 @@ class Hub:
 
     def on_ask(self, peer, number, name, *args):
         try:
-            peer.channel.send("answer", number, True, getattr(self, "ask_" + name)(peer, *args))
+            peer.send("answer", number, True, getattr(self, "ask_" + name)(peer, *args))
         except ValueError as error:
-            peer.channel.send("answer", number, False, error)
+            peer.send("answer", number, False, error)
 
     def report(self, node, what, *args):
         getattr(self, "report_" + what)(node or self.head, *args)
+
+    def report_messages(self, node, worker_id, messages):
+        if worker := self.peers.get(worker_id):
+            self.handle(worker, messages)
 
     # - objects: counted, found, shown -
 
@@ -712,13 +722,13 @@ class Hub:
         if value is AWAY and needed:
             self.fetch(oid, obj, peer, key)
         else:
-            peer.channel.send("value", key, value)
+            peer.send("value", key, value)
 
     def on_want(self, peer, key, oid, needed):
         obj = self.objects.get(oid)
         if obj is None:
             error = ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left")
-            peer.channel.send("value", key, pack_error(error))
+            peer.send("value", key, pack_error(error))
         elif obj.done:
             self.show(oid, obj, peer, key, needed)
         else:
@@ -730,7 +740,7 @@ class Hub:
             peer.unsealed.add(offset)
         for other in self.peers.values() if offset is None and first_try else ():
             if other.node is peer.node:
-                other.channel.send("collect")       # it may have refs in reference cycles
+                other.send("collect")       # it may have refs in reference cycles
         return offset
 
     def on_unallocate(self, peer, offsets):
@@ -747,7 +757,7 @@ class Hub:
         offset = peer.node.space.take(obj.size)
         if offset is None:
             error = ObjectStoreFullError(f"node {peer.node.id} has no room for a copy of {obj.size:,} bytes")
-            return peer.channel.send("value", key, pack_error(error))
+            return peer.send("value", key, pack_error(error))
         self.hold([oid])                            # or either end might be given to other objects
         token, (source, start) = secrets.randbits(62), next(iter(obj.places.items()))
         self.transfers[token] = types.SimpleNamespace(
@@ -898,33 +908,23 @@ class Hub:
         return worker
 
     def fork(self, node, env, gpus):
-        worker = Peer(secrets.token_hex(14), node)
-        self.peers[worker.id] = worker
-        worker.channel = Channel(self.loop, functools.partial(self.handle, worker),
-                                 lambda: node.tell("signal", worker.id, signal.SIGKILL))
+        worker_id = secrets.token_hex(14)
+        worker = self.peers[worker_id] = Peer(worker_id, node, functools.partial(node.tell, "send", worker_id))
+        settings = {"worker": worker_id, "gpus": gpus, "namespace": self.namespace}
+        node.tell("fork", worker_id, self.env | env, settings)
         node.started += 1
-        env, settings = self.env | env, {"worker": worker.id, "gpus": gpus, "namespace": self.namespace}
-        if node is not self.head:
-            node.tell("fork", worker.id, env, settings)
-            return worker
-        ours, theirs = socket.socketpair()
-        worker.channel.attach(ours)
-        node.tell("fork", worker.id, env, settings, theirs)
-        theirs.close()
         return worker
 
     def dispatch(self, task, worker):
         name, blob, options = self.kinds[task.kind]
         if task.kind not in worker.kinds:
             worker.kinds.add(task.kind)
-            worker.channel.send("kind", task.kind, name, blob, options)
-        if worker.label != name and worker.node is self.head and worker.id in self.local.logs:
-            while self.local.read_log(worker.id): pass          # what the task before it has printed
+            worker.send("kind", task.kind, name, blob, options)
         worker.label = name
         worker.running[task.id], task.worker = task, worker
         values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
-        worker.channel.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
-                            task.actor)
+        worker.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
+                    task.actor)
 
     def on_done(self, worker, tid, results, failed):
         task, actor = worker.running.pop(tid, None), worker.actor
@@ -968,7 +968,7 @@ class Hub:
         self.free_grant(worker)
         node = worker.node
         if worker.single or len(node.idle) >= max(1, node.total.get("CPU", 0) // UNIT):
-            worker.channel.send("exit")
+            worker.send("exit")
         else:
             node.idle.append(worker)
 
@@ -1005,9 +1005,8 @@ class Hub:
         elif force and not task.actor:
             task.worker.node.tell("signal", task.worker.id, signal.SIGKILL)
         else:
-            task.worker.channel.send("cancel", task.id)
+            task.worker.send("cancel", task.id)
             if not task.actor:                      # the message says which task; the signal makes the worker look
-                task.worker.channel.flush()
                 task.worker.node.tell("signal", task.worker.id, signal.SIGINT)
         for child in children:
             self.cancel(child, force, recursive)
@@ -1018,7 +1017,6 @@ class Hub:
         worker = self.peers.get(worker_id)
         if worker is None:
             return
-        while worker.channel.sock and worker.channel.read(): pass       # its last words
         if worker.line:
             self.report_log(node, worker_id, pid, b"\n")
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
@@ -1026,7 +1024,6 @@ class Hub:
 
     def worker_died(self, worker, reason):
         del self.peers[worker.id]
-        worker.channel.close()
         if worker in worker.node.idle:
             worker.node.idle.remove(worker)
         self.free_grant(worker)
@@ -1085,7 +1082,7 @@ class Hub:
             self.actors.pop(actor.id, None)
         elif actor.unheld and actor.alive and not actor.lanes and not actor.worker.running:
             actor.worker.exiting = True
-            actor.worker.channel.send("exit")
+            actor.worker.send("exit")
 
     def on_exiting(self, worker):
         worker.exiting = True
@@ -1206,47 +1203,34 @@ class Hub:
         return node
 
     def greet(self, listener):
-        """A stranger is heard for 64 bytes, which have to prove that it has the key. Nothing is unpickled before."""
-        nonce, heard = secrets.token_bytes(32), bytearray()
-        try:
-            sock = listener.accept()[0]
+        """A stranger has to prove that it has the key, before anything that it says is unpickled."""
+        with contextlib.suppress(OSError):          # it is gone again
+            sock, nonce = listener.accept()[0], secrets.token_bytes(32)
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 64)      # to be called once, when it has said all
             sock.send(nonce)
-        except OSError:                             # it is gone again
-            return
+            self.loop.watch(sock.fileno(), lambda: self.check_proof(sock, nonce))
 
-        def listen():
-            try:
-                data = sock.recv(64 - len(heard))
-                heard.extend(data)
-                if data and len(heard) < 64:
-                    return
-                theirs, proof = bytes(heard[:32]), bytes(heard[32:])
-                known = hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs))
-                known and sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
-            except OSError:
-                known = False
-            self.loop.forget(sock.fileno())
-            if not known:
-                return sock.close()
-            friend = types.SimpleNamespace()
-            friend.channel = Channel(self.loop, functools.partial(self.handle, friend), lambda: None, sock)
-
-        self.loop.watch(sock.fileno(), listen)
-
-    def on_hello_worker(self, friend, worker_id):
-        """A worker that another node has forked for us: messages for it are waiting."""
-        sock, worker = friend.channel.sock, self.peers.get(worker_id)
+    def check_proof(self, sock, nonce):
         self.loop.forget(sock.fileno())
-        if worker:
-            worker.channel.attach(sock)
+        with contextlib.suppress(OSError):
+            data = sock.recv(64)
+            theirs, proof = data[:32], data[32:]
+            if hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs)):
+                sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
+                channel = Channel(self.loop, sock, lambda messages: [self.welcome(channel, *each) for each in messages],
+                                  lambda: None)
+                return
+        sock.close()
 
-    def on_hello_node(self, friend, config):
-        node = self.add_node(config, friend.channel.send)
-        friend.channel.on_messages = lambda messages: [self.report(node, *message) for message in messages]
-        friend.channel.on_close = lambda: self.node_died(node)
-        friend.channel.send({name: self.config[name] for name in ("job", "preload")})
+    def welcome(self, channel, config):
+        """Another node: its first message is its config, and all others are reports."""
+        node = self.add_node(config, channel.send)
+        channel.on_messages = lambda messages: [self.report(node, *message) for message in messages]
+        channel.on_close = lambda: self.node_died(node)
+        channel.send({name: self.config[name] for name in ("job", "preload")})
 
     def node_died(self, node):
         self.nodes.remove(node)
@@ -1855,10 +1839,10 @@ def serve_node():
     config = json.loads(sys.stdin.readline())
     config |= {"address": tuple(config["address"]), "key": bytes.fromhex(config["key"])}
     sock = _connect(config["address"], config["key"])
-    sock.sendall(frame("hello_node", {name: config[name] for name in ("node", "resources", "store")}))
+    sock.sendall(frame({name: config[name] for name in ("node", "resources", "store")}))
     config |= _first_message(sock)[0]
     loop = Loop()
-    channel = Channel(loop, lambda messages: [getattr(node, name)(*args) for name, *args in messages], loop.stop, sock)
+    channel = Channel(loop, sock, lambda messages: [getattr(node, name)(*args) for name, *args in messages], loop.stop)
     node = Node(loop, Arena(config["store"]), config, channel.send)
     print("ready", flush=True)
     while loop.alive:
