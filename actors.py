@@ -368,10 +368,10 @@ class Node:
         os.close(output)
         theirs.close()
         os.set_blocking(log, False)
-        worker = types.SimpleNamespace(id=worker_id, pid=pid, log=log, channel=Channel(
-            self.loop, ours, lambda messages: self.pass_on(worker, messages),
-            lambda: self.signal(worker_id, signal.SIGKILL)))
-        self.workers[worker_id], self.ids[pid] = worker, worker_id
+        channel = Channel(self.loop, ours, functools.partial(self.report, "messages", worker_id),
+                          lambda: self.signal(worker_id, signal.SIGKILL))
+        worker = self.workers[worker_id] = types.SimpleNamespace(id=worker_id, pid=pid, log=log, channel=channel)
+        self.ids[pid] = worker_id
         self.loop.watch(log, lambda: self.read_log(worker))
 
     def become_worker(self, env, settings, sock, output):
@@ -404,9 +404,8 @@ class Node:
         if worker := self.workers.get(worker_id):
             worker.channel.send(*message)
 
-    def pass_on(self, worker, messages):
-        while self.read_log(worker): pass           # what it printed before it said this
-        self.report("messages", worker.id, messages)
+    def drain_log(self, worker_id):
+        while worker_id in self.workers and self.read_log(self.workers[worker_id]): pass
 
     def read_log(self, worker):
         try:
@@ -920,7 +919,9 @@ class Hub:
         if task.kind not in worker.kinds:
             worker.kinds.add(task.kind)
             worker.send("kind", task.kind, name, blob, options)
-        worker.label = name
+        if worker.label != name:
+            worker.node.tell("drain_log", worker.id)            # what the task before it has printed
+            worker.label = name
         worker.running[task.id], task.worker = task, worker
         values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
         worker.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
