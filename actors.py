@@ -136,7 +136,8 @@ def unpack(packed):
     return pickle.loads(pieces[0], buffers=pieces[1:])
 
 def pack_error(error):
-    return b"".join(pack(error, b"E")[0])
+    """An error as bytes; one that came as bytes is passed on as it is."""
+    return error if type(error) is bytes else b"".join(pack(error, b"E")[0])
 
 # --- the arena: one memory file a node, mapped by all of its processes ---
 
@@ -556,10 +557,10 @@ class Task:
     deps: list                      # refs that are arguments themselves: it runs when they are there
     refs: list                      # all refs in the arguments, at any depth: they live until it has run
     returns: list
-    actor: int
     parent: int
     retries: int
     owner: "Peer" = None
+    actor: "Actor" = None
     missing: int = 0                # deps that are not there yet
     worker: "Peer" = None
     cancelled: bool = False
@@ -569,13 +570,13 @@ class Actor:
     id: int
     options: dict
     restarts: int                   # how many are left
-    creation: Task = None           # the call of its constructor
+    creation: Task                  # the call of its constructor
     worker: "Peer" = None
     alive: bool = False             # its constructor has returned
     death: bytes = None             # the error that every further call gets
-    unheld: bool = False            # no handle is left: it ends when its calls are done
     kept: list = ()                 # refs of the constructor's arguments, for a restart
-    lanes: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(collections.deque))
+    calls: dict = dataclasses.field(default_factory=dict)       # id -> task, of all that are not over
+    lanes: dict = dataclasses.field(default_factory=lambda: collections.defaultdict(collections.deque))  # not yet sent
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Peer:
@@ -665,7 +666,6 @@ class Hub:
             for node, offset in obj.places.items():
                 node.space.give(offset)
             if oid in self.actors:
-                self.actors[oid].unheld = True
                 self.end_if_unused(self.actors[oid])
 
     def on_hold(self, peer, oids):
@@ -790,55 +790,50 @@ class Hub:
     def on_kind(self, peer, kind, name, blob, options):
         self.kinds[kind] = name, blob, options
 
-    def on_submit(self, peer, *fields):
+    def on_submit(self, peer, aid, *fields):
         task = Task(*fields, owner=peer)
         self.tasks[task.id] = task
         for oid in task.returns:
-            obj = self.objects.setdefault(oid, Object(holds=0))     # a named actor's is there already
-            obj.holds, obj.maker = obj.holds + 1, task
-            obj.waiting.append((peer, oid, False))
+            self.objects[oid] = Object(maker=task, waiting=[(peer, oid, False)])
             peer.holds[oid] += 1
         self.hold(task.refs)
         if task.method == "__init__":
-            self.objects[task.actor].holds -= task.actor in self.actors         # the hold of the claimed name
-            actor = self.actors.get(task.actor) or self.new_actor(task.actor, task.kind)
-            actor.creation = task
-            self.objects[task.actor].holds += actor.options["detached"]
-        actor = self.actors.get(task.actor)
-        if task.actor and (actor is None or actor.death is not None):
-            gone = actor is None and pack_error(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
-            return self.finish(task, error=gone or actor.death)
+            options = self.kinds[task.kind][2]
+            self.actors[aid] = Actor(aid, options, options["max_restarts"], task)
+            self.objects[aid].holds += options["detached"]
+        actor = task.actor = self.actors.get(aid)
+        if aid and actor is None:
+            return self.finish(task, error=ActorDiedError("the actor is dead, and forgotten: no handle was left"))
+        if actor and actor.death is not None:
+            return self.finish(task, error=actor.death)
+        if actor:
+            actor.calls[task.id] = task
         for oid in set(task.deps):
             if oid not in self.objects:
                 lost = ObjectLostError(f"argument {oid:024x} is gone: it was freed, as no ref to it was left")
-                return self.finish(task, error=pack_error(lost))
+                return self.finish(task, error=lost)
             if not self.objects[oid].done:
                 task.missing += 1
                 self.objects[oid].waiting.append(task)
         if actor and task.method != "__init__":
-            actor.lanes[self.lane(task, actor)].append(task)
+            actor.lanes[self.lane(task)].append(task)
         if not task.missing:
             self.ready(task)
 
-    def new_actor(self, aid, kind):
-        options = self.kinds[kind][2]
-        self.actors[aid] = Actor(aid, options, options["max_restarts"])
-        return self.actors[aid]
-
     @staticmethod
-    def lane(task, actor):
+    def lane(task):
         """The calls of one caller keep their order; where calls run at the same time, there is none to keep."""
-        return task.owner.id if actor.options["ordered"] else task.id
+        return task.owner.id if task.actor.options["ordered"] else task.id
 
     def ready(self, task):
         """All of its arguments are there."""
+        if task.id not in self.tasks:               # it is over already, and its arguments may be gone
+            return
         failed = next((oid for oid in task.deps if self.objects[oid].failed), None)
-        if failed is not None and task.method == "__init__":
-            self.actor_died(self.actors[task.actor], self.objects[failed].payload)
-        elif failed is not None:
+        if failed is not None:
             self.finish(task, error=self.objects[failed].payload)
         elif task.actor and task.method != "__init__":
-            self.advance(self.actors[task.actor], self.lane(task, self.actors[task.actor]))
+            self.advance(task.actor, self.lane(task))
         else:
             self.queues[self.kinds[task.kind][2]["shape"]].append(task)
             self.changed = True
@@ -880,8 +875,7 @@ class Hub:
         worker.grant = pool, demand, gpus
         pool.node.busy += 1
         if task.actor:
-            worker.actor = self.actors[task.actor]
-            worker.actor.worker = worker
+            worker.actor, task.actor.worker = task.actor, worker
         self.dispatch(task, worker)
         return True
 
@@ -891,10 +885,7 @@ class Hub:
         strategy = self.kinds[task.kind][2]["strategy"]
         if strategy[0] == "group" and strategy[1] not in self.groups:
             text = f"{name} cannot run: its placement group was removed"
-        if task.actor:
-            self.actor_died(self.actors[task.actor], pack_error(ActorUnschedulableError(text)))
-        else:
-            self.finish(task, error=pack_error(TaskUnschedulableError(text)))
+        self.finish(task, error=ActorUnschedulableError(text) if task.actor else TaskUnschedulableError(text))
 
     def find_worker(self, node, env, gpus, actor):
         special = bool(env or gpus)
@@ -925,44 +916,54 @@ class Hub:
         worker.running[task.id], task.worker = task, worker
         values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
         worker.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
-                    task.actor)
+                    task.actor.id if task.actor else 0)
 
     def on_done(self, worker, tid, results, failed):
-        task, actor = worker.running.pop(tid, None), worker.actor
+        task = worker.running.pop(tid, None)
         if task is None:
             return
-        if actor is None:
+        if worker.actor is None:
             self.give_back(worker)
-        again = failed and task.retries and not actor and not task.cancelled
-        if again and self.kinds[task.kind][2]["retry_exceptions"]:
-            task.retries, task.worker = task.retries - 1, None
-            return self.ready(task)
-        if actor and task.method == "__init__":
-            if failed:
-                return self.actor_died(actor, results[0][0])
-            actor.alive = True
-        self.finish(task, results, failed, worker)
-        if actor and task.method == "__init__":
-            for lane in list(actor.lanes):
-                self.advance(actor, lane)
-            self.end_if_unused(actor)
+        may_retry = failed and task.actor is None and self.kinds[task.kind][2]["retry_exceptions"]
+        if not (may_retry and self.try_again(task)):
+            self.finish(task, results, failed, worker)
+
+    def try_again(self, task):
+        """False if it has no try left."""
+        if task.cancelled or not task.retries or task.id not in self.tasks:
+            return False
+        task.retries, task.worker = task.retries - 1, None
+        if task.actor:
+            task.actor.lanes[self.lane(task)].appendleft(task)
+        self.ready(task)
+        return True
 
     def finish(self, task, results=(), failed=False, worker=None, error=None):
-        """The one end of every task: its values or its error are shown, what it held is let go."""
+        """The one end of every task: its values or its error are shown, what it held is let go. With its constructor,
+        an actor lives or dies."""
         if self.tasks.pop(task.id, None) is None:
             return
         if error is not None:
-            results, failed = [(error, ())] * len(task.returns), True
+            results, failed = [(pack_error(error), ())] * len(task.returns), True
         for oid, (value, refs) in zip(task.returns, results):
             self.seal(oid, worker, value, refs, failed)
-        actor = self.actors.get(task.actor)
-        if actor and task is actor.creation and not failed and actor.restarts:
+        actor, lives = task.actor, task.method == "__init__" and not failed
+        if lives and actor.restarts:
             actor.kept = task.refs
         else:
             self.release(task.refs)
-        if actor and task is not actor.creation:
-            self.advance(actor, self.lane(task, actor))
-            self.end_if_unused(actor)
+        if actor is None:
+            return
+        actor.calls.pop(task.id, None)
+        if lives:
+            actor.alive = True
+            for lane in list(actor.lanes):
+                self.advance(actor, lane)
+        elif task.method == "__init__":
+            self.actor_died(actor, results[0][0])
+        else:
+            self.advance(actor, self.lane(task))
+        self.end_if_unused(actor)
 
     def give_back(self, worker):
         """A task is done: its resources are free, and so is its worker."""
@@ -999,10 +1000,11 @@ class Hub:
             self.cancel(obj.maker, force, recursive)
 
     def cancel(self, task, force, recursive):
-        children = [other for other in self.tasks.values() if recursive and other.parent == task.id]
+        children = [other for other in self.tasks.values()
+                    if recursive and other.parent == task.id and other.method != "__init__"]
         task.cancelled = True
         if task.worker is None:
-            self.finish(task, error=pack_error(TaskCancelledError("the task was cancelled before it began")))
+            self.finish(task, error=TaskCancelledError("the task was cancelled before it began"))
         elif force and not task.actor:
             task.worker.node.tell("signal", task.worker.id, signal.SIGKILL)
         else:
@@ -1028,60 +1030,48 @@ class Hub:
         if worker in worker.node.idle:
             worker.node.idle.remove(worker)
         self.free_grant(worker)
-        running, worker.running = list(worker.running.values()), {}
-        for task in running:
-            task.worker = None
-        if worker.actor:
-            self.actor_stopped(worker, running, reason)
-        for task in running if not worker.actor else ():
-            if task.cancelled:
-                self.finish(task, error=pack_error(TaskCancelledError("the task was cancelled")))
-            elif task.retries:
-                task.retries -= 1
-                self.ready(task)
-            else:
-                self.finish(task, error=pack_error(WorkerCrashedError(reason)))
+        actor, error = worker.actor, WorkerCrashedError(reason)
+        if actor and (worker.exiting or not actor.restarts):
+            self.actor_died(actor, ActorDiedError(f"the actor is dead: {reason}"))
+        elif actor:
+            error = ActorUnavailableError(f"{reason} in the middle of this call; the actor starts again")
+            self.restart(actor)
+        for task in reversed(worker.running.values()):          # in front of those that wait, in their old order
+            if not self.try_again(task) and not (actor and task is actor.creation):
+                self.finish(task, error=TaskCancelledError("the task was cancelled") if task.cancelled else error)
         for oid, count in worker.holds.items():
             self.release([oid] * count)
         for offset in worker.unsealed:
             worker.node.space.give(offset)
 
-    def actor_stopped(self, worker, running, reason):
-        """The process is gone. The actor starts again, and calls that may be repeated wait for that; or it is dead."""
-        actor = worker.actor
+    def restart(self, actor):
+        """Its constructor is called again, with the same arguments; calls wait for that."""
+        task = actor.creation
+        actor.restarts, actor.alive, actor.worker = actor.restarts - 1, False, None
+        actor.kept, task.worker = (), None
+        self.tasks[task.id] = actor.calls[task.id] = task
+        self.ready(task)
+
+    def actor_died(self, actor, error):
         if actor.death is not None:
             return
-        if worker.exiting or not actor.restarts:
-            return self.actor_died(actor, pack_error(ActorDiedError(f"the actor is dead: {reason}")), running)
-        actor.restarts -= 1
-        actor.alive, actor.worker = False, None
-        for task in reversed(running):              # in front of those that wait, in their old order
-            if task.retries and task is not actor.creation:
-                task.retries -= 1
-                actor.lanes[self.lane(task, actor)].appendleft(task)
-            elif task is not actor.creation:
-                error = ActorUnavailableError(f"{reason} in the middle of this call; the actor starts again")
-                self.finish(task, error=pack_error(error))
-        self.tasks[actor.creation.id] = actor.creation
-        self.ready(actor.creation)
-
-    def actor_died(self, actor, error, running=()):
-        actor.death, actor.alive, actor.restarts = error, False, 0
+        actor.death, actor.alive, actor.restarts = pack_error(error), False, 0
         self.names = {name: named for name, named in self.names.items() if named[0] != actor.id}
-        waiting = [task for lane in actor.lanes.values() for task in lane]
         actor.lanes.clear()
-        if actor.creation and actor.creation.id not in self.tasks:
-            self.release(actor.kept)
-        for task in filter(None, [actor.creation, *running, *waiting]):
-            self.finish(task, error=error)
-        if actor.worker and actor.worker.id in self.peers:
+        for task in list(actor.calls.values()):
+            self.finish(task, error=actor.death)
+        self.release(actor.kept)
+        if actor.worker:
             actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
         self.end_if_unused(actor)
 
     def end_if_unused(self, actor):
-        if actor.unheld and actor.death is not None:
+        """No handle is left: it ends when its calls are done, and is forgotten when it has ended."""
+        if actor.id in self.objects:
+            return
+        if actor.death is not None:
             self.actors.pop(actor.id, None)
-        elif actor.unheld and actor.alive and not actor.lanes and not actor.worker.running:
+        elif actor.alive and not actor.calls:
             actor.worker.exiting = True
             actor.worker.send("exit")
 
@@ -1090,29 +1080,21 @@ class Hub:
 
     def on_kill(self, peer, aid, no_restart):
         actor = self.actors.get(aid)
-        if actor is None or actor.death is not None:
-            return
-        if no_restart:
-            running = list(actor.worker.running.values()) if actor.worker else ()
-            self.actor_died(actor, pack_error(ActorDiedError("the actor is dead: it was killed by kill()")), running)
-        elif actor.worker:
+        if actor and no_restart:
+            self.actor_died(actor, ActorDiedError("the actor is dead: it was killed by kill()"))
+        elif actor and actor.worker:
             actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
 
-    def ask_claim_name(self, peer, aid, name, info, get_if_exists):
-        """None if the name was free, and is the caller's now; or the actor that has it."""
+    def ask_create(self, peer, name, info, get_if_exists, aid, *fields):
+        """Makes an actor with a name, unless an actor has it: then it says which one, or that this is an error."""
         lives = self.names.get(name, (None,))[0] in self.objects
         if lives and get_if_exists:
             return self.ask_actor(peer, name)
         if lives:
             raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
         self.names[name] = aid, info
-        self.objects[aid] = Object()
-        self.new_actor(aid, info[0])                # calls may come before its constructor's
+        self.on_submit(peer, aid, *fields)
         return None
-
-    def on_unclaim(self, peer, aid):
-        self.actor_died(self.actors[aid], pack_error(ActorDiedError("the actor was not made: its arguments failed")))
-        self.release([aid])
 
     def ask_actor(self, peer, name):
         aid, info = self.names.get(name, (None, None))
@@ -1172,8 +1154,7 @@ class Hub:
         for worker in list(self.peers.values()):
             if worker.grant and worker.grant[0] in group.pools:
                 if worker.actor:
-                    error = ActorDiedError("the actor is dead: its placement group was removed")
-                    self.actor_died(worker.actor, pack_error(error), list(worker.running.values()))
+                    self.actor_died(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
                 worker.node.tell("signal", worker.id, signal.SIGKILL)
         for pool in filter(None, group.pools):
             pool.node.give(pool.total, pool.grant)
@@ -1576,8 +1557,9 @@ class Client:
 
     # - calls -
 
-    def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0):
-        """Sends a call; `returns` are the ids of its values."""
+    def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0, named=None):
+        """Sends a call; `returns` are the ids of its values. That of a named actor's constructor is a question: the
+        answer is the actor that has this name already."""
         with self.shield:
             try:
                 payload, refs = self.pack((args, kwargs))
@@ -1589,9 +1571,10 @@ class Client:
                 self.send("put", packed.id, payload, refs)
                 payload, deps, refs = None, [packed.id, *deps], [packed.id]
             parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
-            self.send("submit", returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
-                      actor, parent.id if parent else 0, retries)
-            return promised
+            call = (actor, returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
+                    parent.id if parent else 0, retries)
+            answer = self.ask("create", *named, *call) if named else self.send("submit", *call)
+            return promised, answer
 
 def _blame(args, kwargs, error):
     """Names the argument that cannot be pickled."""
@@ -2041,7 +2024,7 @@ def _submit(kind, method, args, kwargs, options, actor=0, retries=0):
     client, count = _connected(), options.get("num_returns", 1)
     if not isinstance(count, int) or count < 0:
         raise ValueError(f"num_returns={count!r}: it is a number from 0 up")
-    refs = client.submit(kind, method, args, kwargs, [next(client.ids) for _ in range(count)], actor, retries)
+    refs, _ = client.submit(kind, method, args, kwargs, [next(client.ids) for _ in range(count)], actor, retries)
     return refs[0] if count == 1 else refs or None
 
 class RemoteFunction(_Remote):
@@ -2051,19 +2034,14 @@ class RemoteFunction(_Remote):
 
 class ActorClass(_Remote):
     def remote(self, *args, **kwargs):
-        client, options = _connected(), self._options
+        client, options, named = _connected(), self._options, None
         kind, aid = self._kind(client), next(client.ids)
         info = _actor_info(kind, self._target, self._plan)
         if name := options.get("name"):
-            named = options.get("namespace") or client.config["namespace"], name
-            taken = client.ask("claim_name", aid, named, info, options.get("get_if_exists", False))
-            if taken:
-                return ActorHandle._of(client, *taken)
-        try:
-            return ActorHandle(*client.submit(kind, "__init__", args, kwargs, [aid], aid), info)
-        except BaseException:
-            if name: client.send("unclaim", aid)
-            raise
+            namespace = options.get("namespace") or client.config["namespace"]
+            named = (namespace, name), info, options.get("get_if_exists", False)
+        (ref,), taken = client.submit(kind, "__init__", args, kwargs, [aid], aid, named=named)
+        return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)
 
 def _actor_info(kind, cls, plan):
     """What a handle has to know."""
