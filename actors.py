@@ -171,17 +171,13 @@ class Arena:
         for piece in map(memoryview, pieces):
             target, numpy = self.writable[offset:offset + len(piece)], sys.modules.get("numpy")
             offset += len(piece)
-            parts = min(4, os.cpu_count()) if len(piece) > 16 << 20 and numpy else 1
-            if parts == 1:
+            if len(piece) > 16 << 20 and numpy:     # memory is faster than one core
+                from concurrent.futures import ThreadPoolExecutor
+                quarters = [numpy.array_split(numpy.frombuffer(side, "u1"), 4) for side in (target, piece)]
+                with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
+                    list(pool.map(numpy.copyto, *quarters))
+            else:
                 target[:] = piece
-                continue
-            edges, copies = [len(piece) * i // parts for i in range(parts + 1)], []
-            for a, b in zip(edges, edges[1:]):      # memory is faster than one core
-                ends = numpy.frombuffer(target[a:b], "u1"), numpy.frombuffer(piece[a:b], "u1")
-                copies.append(threading.Thread(target=numpy.copyto, args=ends))
-                copies[-1].start()
-            for copy in copies:
-                copy.join()
 
     def __del__(self):
         if self.base is not None:
@@ -540,7 +536,7 @@ def place_bundles(bundles, strategy, nodes):
 class Object:
     holds: int = 1                  # refs in clients, tasks that need it, objects that contain it: freed at 0
     maker: "Task" = None
-    waiting: list = dataclasses.field(default_factory=list)     # tasks, and (peer, key of its ref, is AWAY enough?)
+    waiting: list = dataclasses.field(default_factory=list)     # tasks, and (peer, key of its ref, must it be near?)
     done: bool = False
     failed: bool = False
     payload: bytes = None           # a small value
@@ -700,6 +696,10 @@ class Hub:
         else:
             obj.payload = value
         self.hold(refs)
+        self.wake(oid, obj)
+
+    def wake(self, oid, obj):
+        """The value is there, or is on one node more."""
         waiting, obj.waiting = obj.waiting, []
         for waiter in waiting:
             if type(waiter) is tuple:
@@ -737,9 +737,10 @@ class Hub:
         offset = peer.node.space.take(size)
         if offset is not None:
             peer.unsealed.add(offset)
-        for other in self.peers.values() if offset is None and first_try else ():
-            if other.node is peer.node:
-                other.send("collect")       # it may have refs in reference cycles
+        elif first_try:
+            for other in self.peers.values():
+                if other.node is peer.node:
+                    other.send("collect")           # it may have refs in reference cycles
         return offset
 
     def on_unallocate(self, peer, offsets):
@@ -750,19 +751,19 @@ class Hub:
     # - objects go to another node when they are needed there, chunk by chunk: read, write, and the next -
 
     def fetch(self, oid, obj, peer, key):
-        for transfer in self.transfers.values():
-            if transfer.oid == oid and transfer.target is peer.node:
-                return transfer.waiting.append((peer, key, True))
-        offset = peer.node.space.take(obj.size)
+        target = peer.node
+        if any(copy.oid == oid and copy.target is target for copy in self.transfers.values()):
+            return obj.waiting.append((peer, key, True))
+        offset = target.space.take(obj.size)
         if offset is None:
-            error = ObjectStoreFullError(f"node {peer.node.id} has no room for a copy of {obj.size:,} bytes")
+            error = ObjectStoreFullError(f"node {target.id} has no room for a copy of {obj.size:,} bytes")
             return peer.send("value", key, pack_error(error))
+        obj.waiting.append((peer, key, True))
         self.hold([oid])                            # or either end might be given to other objects
         token, (source, start) = secrets.randbits(62), next(iter(obj.places.items()))
-        self.transfers[token] = types.SimpleNamespace(
-            oid=oid, size=obj.size, done=0, source=source, start=start, target=peer.node, offset=offset,
-            waiting=[(peer, key, True)])
-        source.tell("read", token, start, min(CHUNK, obj.size))
+        self.transfers[token] = types.SimpleNamespace(oid=oid, size=obj.size, done=0, source=source, start=start,
+                                                      target=target, offset=offset)
+        self.report_wrote(target, token)
 
     def report_bytes(self, node, token, data):
         if transfer := self.transfers.get(token):
@@ -780,10 +781,10 @@ class Hub:
             self.end_transfer(token)
 
     def end_transfer(self, token):
-        transfer = self.transfers.pop(token)
-        for waiter in transfer.waiting:             # of the copy; or from another one; or the news that all are lost
-            self.show(transfer.oid, self.objects[transfer.oid], *waiter)
-        self.release([transfer.oid])
+        """Who waited is shown the copy; or waits for another one; or hears that all are lost."""
+        oid = self.transfers.pop(token).oid
+        self.wake(oid, self.objects[oid])
+        self.release([oid])
 
     # - tasks -
 
@@ -1199,8 +1200,9 @@ class Hub:
         with contextlib.suppress(OSError):
             data = sock.recv(64)
             theirs, proof = data[:32], data[32:]
-            if hmac.compare_digest(proof, _proof(self.config["key"], b"client", nonce, theirs)):
-                sock.send(_proof(self.config["key"], b"hub", theirs, nonce))
+            key = bytes.fromhex(self.config["key"])
+            if hmac.compare_digest(proof, _proof(key, b"client", nonce, theirs)):
+                sock.send(_proof(key, b"hub", theirs, nonce))
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
                 channel = Channel(self.loop, sock, lambda messages: [self.welcome(channel, *each) for each in messages],
                                   lambda: None)
@@ -1758,8 +1760,8 @@ class Worker:
 
 # --- the API, by Ray's names ---
 
-_client = _session = None       # this process's client; the driver's hub
-_clusters = {}                  # address -> session
+_client = _session = None       # this process's client; the Cluster to which it, the driver, is connected
+_clusters = {}                  # address -> Cluster
 
 def _set_client(client):
     global _client
@@ -1779,33 +1781,67 @@ def _connected():
         init()
     return _client
 
-class Session:
-    """A hub process, and the driver's end of its socket."""
+class Cluster:
+    """A hub in a process of its own, and the driver's end of its socket: init() makes one. With a host it also listens
+    there, and other nodes can join: processes of this machine that talk over TCP, in a test what several machines are
+    in earnest. init(address=cluster.address) connects to such a one; shutdown(), of either, ends it."""
 
-    def __init__(self, num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, host=None):
-        config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
+    def __init__(self, initialize_head=True, connect=False, head_node_args=None, host="127.0.0.1"):
+        config = _node_config(**(head_node_args or {}))
         while (fd := os.open(os.devnull, os.O_RDWR)) < 3: pass      # a closed stdin or stderr is no place for ours
         os.close(fd)
         listener = socket.create_server((host, 0)) if host else None
-        self.key, self.arena = secrets.token_bytes(32), Arena(config["store"])
+        self.arena, self.key = Arena(config["store"]), secrets.token_hex(32)
+        self.worker_nodes, self.address = [], None
         self.sock, theirs = socket.socketpair()
-        self.config = config | {
-            "job": secrets.token_hex(4), "key": self.key, "host": host,
-            "address": listener and listener.getsockname()[:2], "preload": ["numpy"] if "numpy" in sys.modules else []}
+        self.config = config | {"job": secrets.token_hex(4), "key": self.key, "host": host,
+                                "preload": ["numpy"] if "numpy" in sys.modules else []}
         fds = [theirs.fileno(), self.arena.fd, *([listener.fileno()] if listener else [])]
         self.process = subprocess.Popen(_command(f"actors.serve{*fds,}"), pass_fds=fds, start_new_session=True,
                                         stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         self.sock.sendall(frame(self.config))
         theirs.close()
-        if listener: listener.close()
+        if listener:
+            self.address = "%s:%d" % listener.getsockname()[:2]
+            _clusters[self.address] = self
+            listener.close()
+        if connect:
+            init(address=self.address)
 
-    def end(self):
+
+    def add_node(self, num_cpus=1, num_gpus=0, resources=None, object_store_memory=None):
+        config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
+        node = subprocess.Popen(_command("actors.serve_node(actors.json.loads(input()))"), text=True,
+                                start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        with node.stdin:
+            node.stdin.write(json.dumps(config | {"address": self.address, "key": self.key}) + "\n")
+        if node.stdout.readline() != "ready\n":
+            raise ConnectionError(f"the node did not start (exit code {node.wait()})")
+        node.node_id = config["node"]
+        self.worker_nodes.append(node)
+        return node
+
+    def remove_node(self, node, allow_graceful=True):
+        node.kill()
+        node.wait()
+        node.stdout.close()
+        self.worker_nodes.remove(node)
+        while _client is not None and node.node_id in [each["NodeID"] for each in nodes()]:
+            time.sleep(0.01)
+
+    def shutdown(self):
+        if _session is self:
+            return shutdown()
         self.sock.close()
         try:
             self.process.wait(10)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        _clusters.pop(self.address, None)
+        for node in self.worker_nodes:
+            node.wait()                             # they end when the hub is gone
+            node.stdout.close()
 
 def _command(code):
     """A Python that finds the modules that this one finds, this file among them as `actors`."""
@@ -1818,11 +1854,10 @@ def serve(sock_fd, arena_fd, listener_fd=None):
     config, = _first_message(sock)
     Hub(config, sock, Arena(config["store"], arena_fd), listener).run()
 
-def serve_node():
+def serve_node(config):
     """The process of another node: does what the hub says, reports what happens, ends when the hub is gone."""
-    config = json.loads(sys.stdin.readline())
-    config |= {"address": tuple(config["address"]), "key": bytes.fromhex(config["key"])}
-    sock = _connect(config["address"], config["key"])
+    host, _, port = config["address"].rpartition(":")
+    sock = _connect((host, int(port)), bytes.fromhex(config["key"]))
     sock.sendall(frame({name: config[name] for name in ("node", "resources", "store")}))
     config |= _first_message(sock)[0]
     loop = Loop()
@@ -1868,7 +1903,9 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, object_s
     if address not in (None, "auto", "local", *_clusters):
         raise ConnectionError(f"this program has no Cluster with the address {address!r}")
     env = _env(runtime_env)
-    _session = _clusters.get(address) or Session(num_cpus, num_gpus, resources, object_store_memory)
+    head = {"num_cpus": num_cpus, "num_gpus": num_gpus, "resources": resources,
+            "object_store_memory": object_store_memory}
+    _session = _clusters.get(address) or Cluster(head_node_args=head, host=None)
     _set_client(Client(_session.sock, _session.arena, _session.config | {"namespace": namespace}))
     _client.send("job", namespace, env)
     return Context()
@@ -1878,10 +1915,10 @@ def shutdown():
     global _session
     if _client is None or _client.worker:
         return
-    client, session = _client, _session
+    client, cluster = _client, _session
     _session = _set_client(None)
     client.close()
-    session.end()
+    cluster.shutdown()
 
 class Context:
     """What init() returns: `with init():` ends in a shutdown."""
@@ -2269,47 +2306,6 @@ class Queue:
     def __len__(self): return self.qsize()
     def shutdown(self, force=False, grace_period_s=5): kill(self.actor)
 
-# --- several nodes on one machine ---
-
-class Cluster:
-    """Nodes that are processes of this machine and talk over TCP: in a test, what several machines are in earnest.
-    init(address=cluster.address) connects to it; shutdown(), of either, ends it."""
-
-    def __init__(self, initialize_head=True, connect=False, head_node_args=None, host="127.0.0.1"):
-        self.session, self.worker_nodes = Session(**(head_node_args or {}), host=host), []
-        self.address, self.key = "%s:%d" % self.session.config["address"], self.session.key.hex()
-        _clusters[self.address] = self.session
-        if connect:
-            init(address=self.address)
-
-    def add_node(self, num_cpus=1, num_gpus=0, resources=None, object_store_memory=None):
-        config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
-        node = subprocess.Popen(_command("actors.serve_node()"), text=True, start_new_session=True,
-                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        with node.stdin:
-            node.stdin.write(json.dumps(config | {"address": self.session.config["address"], "key": self.key}) + "\n")
-        if node.stdout.readline() != "ready\n":
-            raise ConnectionError(f"the node did not start (exit code {node.wait()})")
-        node.node_id = config["node"]
-        self.worker_nodes.append(node)
-        return node
-
-    def remove_node(self, node, allow_graceful=True):
-        node.kill()
-        node.wait()
-        node.stdout.close()
-        self.worker_nodes.remove(node)
-        while _client is not None and node.node_id in [each["NodeID"] for each in nodes()]:
-            time.sleep(0.01)
-
-    def shutdown(self):
-        if _session is self.session:
-            shutdown()
-        self.session.end()
-        _clusters.pop(self.address, None)
-        for node in self.worker_nodes:
-            node.wait()                             # they end when the hub is gone
-            node.stdout.close()
 
 # --- Ray's module names, so that `from actors.util import ActorPool` works ---
 
@@ -2442,10 +2438,8 @@ def main():
         demo()
         bench()
     else:
-        host, _, port = (args.address or parser.error("which HOST:PORT?")).rpartition(":")
-        join = _node_config() | {"address": (host, int(port)), "key": sys.stdin.readline().strip()}
-        sys.stdin = io.StringIO(json.dumps(join) + "\n")
-        serve_node()
+        address = args.address or parser.error("which HOST:PORT?")
+        serve_node(_node_config() | {"address": address, "key": sys.stdin.readline().strip()})
 
 if __name__ == "__main__":
     # Not as __main__: workers have to find the classes of this file under the name by which they import it.
