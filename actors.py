@@ -581,7 +581,7 @@ class Peer:
     node: Pool
     send: callable                  # its messages
     holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    unsealed: set = dataclasses.field(default_factory=set)      # offsets in the arena that it may be writing to
+
     kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
     running: dict = dataclasses.field(default_factory=dict)     # task id -> task
     actor: Actor = None
@@ -599,7 +599,7 @@ class Hub:
     def __init__(self, config, sock, arena, listener):
         self.config, self.loop, self.changed, self.stderr = config, Loop(), False, bytearray()
         self.objects, self.tasks, self.kinds, self.actors, self.names, self.groups = {}, {}, {}, {}, {}, {}
-        self.peers, self.nodes, self.transfers, self.waiting_groups = {}, [], {}, []
+        self.peers, self.nodes, self.transfers = {}, [], {}
         self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
         self.local = Node(self.loop, arena, config, functools.partial(self.report, None))
         self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
@@ -676,25 +676,36 @@ class Hub:
             if peer.holds[oid] <= 0:
                 del peer.holds[oid]
 
-    def on_put(self, peer, oid, value, refs):
-        self.objects[oid] = Object()
-        peer.holds[oid] += 1
-        self.seal(oid, peer, value, refs)
+    def ask_allocate(self, peer, size, first_try):
+        """A new object that has memory but no value yet: (its id, offset), or None if there is no room."""
+        offset = peer.node.space.take(size)
+        if offset is not None:
+            oid = secrets.randbits(96)
+            self.objects[oid] = Object(places={peer.node: offset}, size=size)
+            peer.holds[oid] += 1
+            return oid, offset
+        for other in self.peers.values():
+            if first_try and other.node is peer.node:
+                other.send("collect")               # it may have refs in reference cycles
+        return None
 
-    def seal(self, oid, peer, value, refs, failed=False):
-        """The value is there: bytes, or (offset, size) in the arena of the peer's node."""
+    def on_put(self, peer, oid, value, refs):
+        if value is not None:
+            self.objects[oid] = Object()
+            peer.holds[oid] += 1
+        self.seal(oid, value or oid, refs)
+
+    def seal(self, oid, value, refs, failed=False):
+        """The value is there: bytes, or the id of the object in whose memory it was written."""
         obj = self.objects.get(oid)
-        large = type(value) is tuple
-        if large:
-            peer.unsealed.discard(value[0])
         if obj is None:                             # nobody waits for it any more
-            if large: peer.node.space.give(value[0])
             return
         obj.done, obj.failed, obj.inside, obj.maker = True, failed, refs, None
-        if large:
-            obj.places[peer.node], obj.size = value
-        else:
+        if type(value) is bytes:
             obj.payload = value
+        elif value != oid:
+            written = self.objects[value]
+            obj.places, obj.size, written.places = written.places, written.size, {}
         self.hold(refs)
         self.wake(oid, obj)
 
@@ -733,20 +744,6 @@ class Hub:
         else:
             obj.waiting.append((peer, key, needed))
 
-    def ask_allocate(self, peer, size, first_try):
-        offset = peer.node.space.take(size)
-        if offset is not None:
-            peer.unsealed.add(offset)
-        elif first_try:
-            for other in self.peers.values():
-                if other.node is peer.node:
-                    other.send("collect")           # it may have refs in reference cycles
-        return offset
-
-    def on_unallocate(self, peer, offsets):
-        for offset in peer.unsealed.intersection(offsets):
-            peer.unsealed.remove(offset)
-            peer.node.space.give(offset)
 
     # - objects go to another node when they are needed there, chunk by chunk: read, write, and the next -
 
@@ -850,7 +847,7 @@ class Hub:
 
     def schedule(self):
         """Starts all that fits. What asks for the same waits in one queue; only its first has to be looked at."""
-        for group in list(self.waiting_groups):
+        for group in [group for group in self.groups.values() if group.waiting]:
             self.place_group(group)
         for shape, tasks in list(self.queues.items()):
             while tasks and (tasks[0].id not in self.tasks or self.start(tasks[0])):
@@ -862,7 +859,7 @@ class Hub:
         """False if it has to wait."""
         name, _, options = self.kinds[task.kind]
         demand, strategy = options["demand"], options["strategy"]
-        if strategy[0] == "group" and any(group.id == strategy[1] for group in self.waiting_groups):
+        if strategy[0] == "group" and strategy[1] in self.groups and self.groups[strategy[1]].waiting:
             return False
         pools = candidates(strategy, self.nodes, self.groups)
         if not any(pool.could_fit(demand) for pool in pools):
@@ -927,7 +924,7 @@ class Hub:
             self.give_back(worker)
         may_retry = failed and task.actor is None and self.kinds[task.kind][2]["retry_exceptions"]
         if not (may_retry and self.try_again(task)):
-            self.finish(task, results, failed, worker)
+            self.finish(task, results, failed)
 
     def try_again(self, task):
         """False if it has no try left."""
@@ -939,7 +936,7 @@ class Hub:
         self.ready(task)
         return True
 
-    def finish(self, task, results=(), failed=False, worker=None, error=None):
+    def finish(self, task, results=(), failed=False, error=None):
         """The one end of every task: its values or its error are shown, what it held is let go. With its constructor,
         an actor lives or dies."""
         if self.tasks.pop(task.id, None) is None:
@@ -947,7 +944,7 @@ class Hub:
         if error is not None:
             results, failed = [(pack_error(error), ())] * len(task.returns), True
         for oid, (value, refs) in zip(task.returns, results):
-            self.seal(oid, worker, value, refs, failed)
+            self.seal(oid, value, refs, failed)
         actor, lives = task.actor, task.method == "__init__" and not failed
         if lives and actor.restarts:
             actor.kept = task.refs
@@ -1040,10 +1037,7 @@ class Hub:
         for task in reversed(worker.running.values()):          # in front of those that wait, in their old order
             if not self.try_again(task) and not (actor and task is actor.creation):
                 self.finish(task, error=TaskCancelledError("the task was cancelled") if task.cancelled else error)
-        for oid, count in worker.holds.items():
-            self.release([oid] * count)
-        for offset in worker.unsealed:
-            worker.node.space.give(offset)
+        self.release(worker.holds.elements())
 
     def restart(self, actor):
         """Its constructor is called again, with the same arguments; calls wait for that."""
@@ -1128,8 +1122,7 @@ class Hub:
         self.objects[gid] = Object(holds=2, waiting=[(peer, gid, False)])       # one of the holds is the group's own
         peer.holds[gid] += 1
         self.groups[gid] = types.SimpleNamespace(id=gid, bundles=bundles, strategy=strategy, name=name, value=value,
-                                                 pools=[None] * len(bundles))
-        self.waiting_groups.append(self.groups[gid])
+                                                 pools=[None] * len(bundles), waiting=True)
         self.changed = True
 
     def place_group(self, group):
@@ -1141,12 +1134,12 @@ class Hub:
         placed = place_bundles(bundles, group.strategy, nodes)
         if placed is None and place_bundles(bundles, group.strategy, [Pool(node.total) for node in nodes]):
             return                                  # later, when others have ended
-        self.waiting_groups.remove(group)
+        group.waiting = False
         for i, node in zip(lost, placed or ()):
             group.pools[i] = Pool(group.bundles[i], node, node.take(group.bundles[i]))
         text = f"no nodes could ever hold a placement group of {list(map(_amounts, group.bundles))}, {group.strategy}"
         value = group.value if placed else pack_error(TaskUnschedulableError(text))
-        self.seal(group.id, self.driver, value, (), not placed)
+        self.seal(group.id, value, (), not placed)
 
     def on_remove_group(self, peer, gid):
         group = self.groups.pop(gid, None)
@@ -1159,10 +1152,9 @@ class Hub:
                 worker.node.tell("signal", worker.id, signal.SIGKILL)
         for pool in filter(None, group.pools):
             pool.node.give(pool.total, pool.grant)
-        if group in self.waiting_groups:
-            self.waiting_groups.remove(group)
+        if group.waiting:
             error = TaskUnschedulableError("the placement group was removed before it was placed")
-            self.seal(gid, self.driver, pack_error(error), (), True)
+            self.seal(gid, pack_error(error), (), True)
         self.release([gid])
         self.changed = True
 
@@ -1221,7 +1213,7 @@ class Hub:
         for group in self.groups.values():
             if any(pool and pool.node is node for pool in group.pools):
                 group.pools = [pool if pool and pool.node is not node else None for pool in group.pools]
-                self.waiting_groups += [group] * (group not in self.waiting_groups)
+                group.waiting = True
         for oid, obj in self.objects.items():
             if obj.places.pop(node, None) is not None and not obj.places:
                 obj.failed = True
@@ -1478,25 +1470,27 @@ class Client:
     # - values -
 
     def pack(self, value):
-        """(bytes, or (offset, size) in the arena; ids of the refs inside)"""
+        """(bytes, ids of the refs inside, None); or those of a large value are in the memory of a new object, that is
+        freed with its ref: (None, ids of the refs inside, ref)"""
         pieces, size, refs = pack(value)
         if size <= INLINE:
-            return b"".join(pieces), refs
+            return b"".join(pieces), refs, None
         for patience in range(10):
-            offset = self.ask("allocate", size, patience == 0)
-            if offset is not None:
-                self.arena.write(offset, pieces)
-                return (offset, size), refs
+            with self.shield:                       # or the memory would belong to nobody for a moment
+                if allocated := self.ask("allocate", size, patience == 0):
+                    oid, offset = allocated
+                    ref = ObjectRef(self, oid, (offset, size))
+                    self.arena.write(offset, pieces)
+                    return None, refs, ref
             time.sleep(0.005 * patience)            # others may be letting go of refs just now
         raise ObjectStoreFullError(f"no room for {size:,} bytes in the {self.arena.size:,} bytes of shared memory: let "
                                    "go of refs and arrays, or init(object_store_memory=...) with more")
 
     def put(self, value):
-        with self.shield:                           # or the memory would belong to nobody for a moment
-            payload, refs = self.pack(value)
-            ref = ObjectRef(self, next(self.ids), payload)
-            self.send("put", ref.id, payload, refs)
-            return ref
+        packed, refs, ref = self.pack(value)
+        ref = ref or ObjectRef(self, next(self.ids), packed)
+        self.send("put", ref.id, packed, refs)
+        return ref
 
     def want(self, ref, needed):
         """Asks for the value, unless it will come or is here. Without `needed`, to know that it is AWAY is enough."""
@@ -1562,21 +1556,19 @@ class Client:
     def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0, named=None):
         """Sends a call; `returns` are the ids of its values. That of a named actor's constructor is a question: the
         answer is the actor that has this name already."""
-        with self.shield:
-            try:
-                payload, refs = self.pack((args, kwargs))
-            except (TypeError, AttributeError, pickle.PicklingError) as error:
-                raise TypeError(_blame(args, kwargs, error)) from error
-            deps = [arg.id for arg in (*args, *kwargs.values()) if type(arg) is ObjectRef]
-            if type(payload) is tuple:              # large arguments are an object of their own
-                packed = ObjectRef(self, next(self.ids), payload)
-                self.send("put", packed.id, payload, refs)
-                payload, deps, refs = None, [packed.id, *deps], [packed.id]
-            parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
-            call = (actor, returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
-                    parent.id if parent else 0, retries)
-            answer = self.ask("create", *named, *call) if named else self.send("submit", *call)
-            return promised, answer
+        try:
+            payload, refs, large = self.pack((args, kwargs))
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise TypeError(_blame(args, kwargs, error)) from error
+        deps = [arg.id for arg in (*args, *kwargs.values()) if type(arg) is ObjectRef]
+        if large:                                   # its arguments are an object of their own
+            self.send("put", large.id, None, refs)
+            deps, refs = [large.id, *deps], [large.id]
+        parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
+        call = (actor, returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
+                parent.id if parent else 0, retries)
+        answer = self.ask("create", *named, *call) if named else self.send("submit", *call)
+        return promised, answer
 
 def _blame(args, kwargs, error):
     """Names the argument that cannot be pickled."""
@@ -1716,15 +1708,11 @@ class Worker:
         values = [result] if call.returns == 1 else list(result) if call.returns else []
         if len(values) != call.returns:
             raise ValueError(f"{self.name(call)} returned {len(values)} values, but num_returns={call.returns}")
-        packed = []
-        try:
-            packed += map(self.client.pack, values)
-        except BaseException:
-            self.client.send("unallocate", [value[0] for value, _ in packed if type(value) is tuple])
-            raise
+        packed = list(map(self.client.pack, values))
+        results = [(ref.id if ref else value, refs) for value, refs, ref in packed]
         with contextlib.suppress(Exception):        # a task may have closed it
             sys.stdout.flush()
-        self.client.send("done", call.id, packed, False)
+        self.client.send("done", call.id, results, False)
         self.cancelled.discard(call.id)
 
     def name(self, call):
