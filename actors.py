@@ -670,11 +670,11 @@ class Hub:
 
     def on_drop(self, peer, oids):
         for oid in oids:
-            if peer.holds[oid] > 0:
+            if oid in peer.holds:                   # else its maker was interrupted before it could say so
+                peer.holds[oid] -= 1
+                if not peer.holds[oid]:
+                    del peer.holds[oid]
                 self.release([oid])
-            peer.holds[oid] -= 1
-            if peer.holds[oid] <= 0:
-                del peer.holds[oid]
 
     def ask_allocate(self, peer, size, first_try):
         """A new object that has memory but no value yet: (its id, offset), or None if there is no room."""
@@ -1612,27 +1612,26 @@ class Worker:
         loop, slots = asyncio.get_running_loop(), asyncio.Semaphore(limit)
 
         async def run(call):
-            async with slots:
-                _current.set(call)
-                try:
+            self.coroutines[call.id] = asyncio.current_task()
+            _current.set(call)
+            try:
+                async with slots:
+                    if call.id in self.cancelled:   # before it began
+                        raise asyncio.CancelledError
                     function, args, kwargs = self.resolve(call)
                     result = function(*args, **kwargs)
                     self.finish(call, await result if inspect.isawaitable(result) else result)
-                except BaseException as error:
-                    self.fail(call, error)
+            except BaseException as error:
+                self.fail(call, error)
+            finally:
+                del self.coroutines[call.id]
 
         def begin():
             while self.inbox:
                 call = self.inbox.popleft()
                 if call is None:
                     self.leave()
-                self.coroutines[call.id] = loop.create_task(run(call))
-                self.coroutines[call.id].add_done_callback(functools.partial(end, call))
-
-        def end(call, task):
-            del self.coroutines[call.id]
-            if task.cancelled():                    # before it began
-                self.fail(call, asyncio.CancelledError())
+                loop.create_task(run(call))
 
         self.execute(first)
         self.begin, self.client.loop = lambda: loop.call_soon_threadsafe(begin), loop
@@ -2189,35 +2188,25 @@ class ActorPool:
     """Spreads calls over actors, one at a time on each."""
 
     def __init__(self, actors):
-        self._idle, self._waiting = list(actors), collections.deque()
-        self._actors, self._refs, self._sent = {}, {}, 0    # ref -> (number, actor); number -> ref; the next number
+        self._idle, self._waiting, self._busy = list(actors), collections.deque(), {}     # the last: ref -> its actor
 
     def submit(self, fn, value):
         if not self._idle:
             return self._waiting.append((fn, value))
         actor = self._idle.pop()
-        ref = self._refs[self._sent] = fn(actor, value)
-        self._actors[ref] = self._sent, actor
-        self._sent += 1
+        self._busy[fn(actor, value)] = actor
 
     def _take(self, refs, timeout):
+        if not refs:
+            raise StopIteration("no more results")
         ready, _ = wait(refs, timeout=timeout)
         if not ready:
             raise TimeoutError("no result was there in time")
-        number, actor = self._actors.pop(ready[0])
-        del self._refs[number]
-        self.push(actor)
+        self.push(self._busy.pop(ready[0]))
         return get(ready[0])
 
-    def get_next(self, timeout=None):
-        if not self.has_next():
-            raise StopIteration("no more results")
-        return self._take([self._refs[min(self._refs)]], timeout)
-
-    def get_next_unordered(self, timeout=None):
-        if not self.has_next():
-            raise StopIteration("no more results")
-        return self._take(list(self._actors), timeout)
+    def get_next(self, timeout=None): return self._take(list(self._busy)[:1], timeout)
+    def get_next_unordered(self, timeout=None): return self._take(list(self._busy), timeout)
 
     def map(self, fn, values):
         for value in values: self.submit(fn, value)
@@ -2231,7 +2220,7 @@ class ActorPool:
         self._idle.append(actor)
         if self._waiting: self.submit(*self._waiting.popleft())
 
-    def has_next(self): return bool(self._actors)
+    def has_next(self): return bool(self._busy)
     def has_free(self): return bool(self._idle)
     def pop_idle(self): return self._idle.pop() if self._idle else None
 
