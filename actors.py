@@ -65,20 +65,17 @@ def _task_error(function_name, traceback_str, cause):
     except Exception:                               # a type that does not let itself be inherited from
         return plain
 
-def _error(name, doc, *bases):
-    return type(name, bases or (RayError,), {"__doc__": doc, "__module__": __name__})
-
-RayActorError = _error("RayActorError", "The actor cannot answer.")
-ActorDiedError = _error("ActorDiedError", "The actor is dead and stays so.", RayActorError)
-ActorUnavailableError = _error("ActorUnavailableError", "The actor died during this call; it restarts.", RayActorError)
-WorkerCrashedError = _error("WorkerCrashedError", "The process died while it ran the task.")
-TaskCancelledError = _error("TaskCancelledError", "The task was cancelled.")
-GetTimeoutError = _error("GetTimeoutError", "The value was not there in time.", RayError, TimeoutError)
-ObjectStoreFullError = _error("ObjectStoreFullError", "The shared memory has no room for the value.")
-ObjectLostError = _error("ObjectLostError", "The only copy of the value is gone.")
-TaskUnschedulableError = _error("TaskUnschedulableError", "No node could ever run this task.")
-ActorUnschedulableError = _error("ActorUnschedulableError", "No node could ever hold this actor.", RayActorError)
-RaySystemError = _error("RaySystemError", "The hub is gone.")
+class RayActorError(RayError): """The actor cannot answer."""
+class ActorDiedError(RayActorError): """The actor is dead and stays so."""
+class ActorUnavailableError(RayActorError): """The actor died during this call; it restarts."""
+class WorkerCrashedError(RayError): """The process died while it ran the task."""
+class TaskCancelledError(RayError): """The task was cancelled."""
+class GetTimeoutError(RayError, TimeoutError): """The value was not there in time."""
+class ObjectStoreFullError(RayError): """The shared memory has no room for the value."""
+class ObjectLostError(RayError): """The only copy of the value is gone."""
+class TaskUnschedulableError(RayError): """No node could ever run this task."""
+class ActorUnschedulableError(RayActorError): """No node could ever hold this actor."""
+class RaySystemError(RayError): """The hub is gone."""
 
 # --- values: pickled with their buffers apart, so that large ones are written once and read without a copy ---
 
@@ -188,7 +185,10 @@ class Space:
     """Which bytes of an arena are free: the first hole that is large enough is taken, neighbours become one again."""
 
     def __init__(self, size):
-        self.size, self.free, self.holes, self.used = size, size, [(0, size)], {}
+        self.size, self.holes, self.used = size, [(0, size)], {}
+
+    @property
+    def free(self): return sum(length for _, length in self.holes)
 
     def take(self, size):
         size += -size % 4096
@@ -196,13 +196,11 @@ class Space:
             if length >= size:
                 self.holes[i:i + 1] = [(start + size, length - size)] if length > size else []
                 self.used[start] = size
-                self.free -= size
                 return start
         return None
 
     def give(self, start):
         size = self.used.pop(start)
-        self.free += size
         i = bisect.bisect(self.holes, (start,))
         if i < len(self.holes) and self.holes[i][0] == start + size:
             size += self.holes.pop(i)[1]
@@ -601,8 +599,8 @@ class Hub:
         self.objects, self.tasks, self.kinds, self.actors, self.names, self.groups = {}, {}, {}, {}, {}, {}
         self.peers, self.nodes, self.transfers = {}, [], {}
         self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
-        self.local = Node(self.loop, arena, config, functools.partial(self.report, None))
         self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
+        self.local = Node(self.loop, arena, config, functools.partial(self.report, self.head))
         channel = Channel(self.loop, sock, lambda messages: self.handle(self.driver, messages), self.loop.stop)
         self.driver = self.peers["driver"] = Peer("driver", self.head, channel.send)
         self.loop.watch(os.pidfd_open(os.getppid()), self.loop.stop)    # a child of the driver may hold its socket
@@ -634,7 +632,7 @@ class Hub:
             peer.send("answer", number, False, error)
 
     def report(self, node, what, *args):
-        getattr(self, "report_" + what)(node or self.head, *args)
+        getattr(self, "report_" + what)(node, *args)
 
     def report_messages(self, node, worker_id, messages):
         if worker := self.peers.get(worker_id):
@@ -2232,13 +2230,15 @@ class _QueueActor:
         import asyncio
         self.queue = asyncio.Queue(maxsize)
 
-    async def put(self, item, timeout):
+    async def put(self, item, block, timeout):
         import asyncio
+        if not block: return await self.put_many([item])
         try: await asyncio.wait_for(self.queue.put(item), timeout)
         except asyncio.TimeoutError: raise Full(f"no room within {timeout} s") from None
 
-    async def get(self, timeout):
+    async def get(self, block, timeout):
         import asyncio
+        if not block: return (await self.get_many(1))[0]
         try: return await asyncio.wait_for(self.queue.get(), timeout)
         except asyncio.TimeoutError: raise Empty(f"no item within {timeout} s") from None
 
@@ -2258,20 +2258,14 @@ class Queue:
     def __init__(self, maxsize=0, actor_options=None):
         self.maxsize, self.actor = maxsize, ActorClass(_QueueActor, actor_options or {}).remote(maxsize)
 
-    def _put(self, item, block, timeout):
-        if timeout is not None and timeout < 0: raise ValueError("'timeout' must be 0 or more")
-        return self.actor.put.remote(item, timeout) if block else self.actor.put_many.remote([item])
+    def _call(self, method, *args):
+        if args[-1] is not None and args[-1] < 0: raise ValueError("'timeout' must be 0 or more")
+        return method.remote(*args)
 
-    def _get(self, block, timeout):
-        if timeout is not None and timeout < 0: raise ValueError("'timeout' must be 0 or more")
-        return self.actor.get.remote(timeout) if block else self.actor.get_many.remote(1)
-
-    def put(self, item, block=True, timeout=None): get(self._put(item, block, timeout))
-    def get(self, block=True, timeout=None):
-        return get(self._get(block, timeout)) if block else get(self._get(block, timeout))[0]
-    async def put_async(self, item, block=True, timeout=None): await self._put(item, block, timeout)
-    async def get_async(self, block=True, timeout=None):
-        return await self._get(block, timeout) if block else (await self._get(block, timeout))[0]
+    def put(self, item, block=True, timeout=None): get(self._call(self.actor.put, item, block, timeout))
+    def get(self, block=True, timeout=None): return get(self._call(self.actor.get, block, timeout))
+    async def put_async(self, item, block=True, timeout=None): await self._call(self.actor.put, item, block, timeout)
+    async def get_async(self, block=True, timeout=None): return await self._call(self.actor.get, block, timeout)
     def put_nowait(self, item): self.put(item, block=False)
     def get_nowait(self): return self.get(block=False)
     def put_nowait_batch(self, items): get(self.actor.put_many.remote(list(items)))
