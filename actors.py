@@ -132,6 +132,9 @@ def unpack(packed):
         position += length + -(position + length) % 64
     return pickle.loads(pieces[0], buffers=pieces[1:])
 
+def pack_value(value):
+    return b"".join(pack(value)[0])
+
 def pack_error(error):
     """An error as bytes; one that came as bytes is passed on as it is."""
     return error if type(error) is bytes else b"".join(pack(error, b"E")[0])
@@ -625,11 +628,12 @@ class Hub:
     def on_job(self, peer, namespace, env):
         self.namespace, self.env = namespace, env
 
-    def on_ask(self, peer, number, name, *args):
+    def on_ask(self, peer, key, name, *args):
         try:
-            peer.send("answer", number, True, getattr(self, "ask_" + name)(peer, *args))
+            answer = pack_value(getattr(self, "ask_" + name)(peer, *args))
         except ValueError as error:
-            peer.send("answer", number, False, error)
+            answer = pack_error(error)
+        peer.send("value", key, answer)
 
     def report(self, node, what, *args):
         getattr(self, "report_" + what)(node, *args)
@@ -1305,11 +1309,11 @@ class Client:
     def __init__(self, sock, arena, config):
         self.sock, self.arena, self.config, self.closed, self.worker = sock, arena, config, False, None
         self.ids = itertools.count(secrets.randbits(64) << 32)
-        self.refs, self.answers, self.dropped = {}, {}, collections.deque()
+        self.refs, self.dropped = {}, collections.deque()
         self.outbox, self.sending = collections.deque(), threading.Lock()
         self.buffer, self.chunk, self.poller = bytearray(), bytearray(CHUNK), select.poll()
         self.news, self.reading, self.arrivals, self.loop = threading.Condition(), False, 0, None
-        self.handlers = {"value": self.on_value, "answer": self.on_answer, "collect": gc.collect}
+        self.handlers = {"value": self.on_value, "collect": gc.collect}
         self.poller.register(sock, select.POLLIN)
         self.shield, self.old_handler = Shield(self.interrupted), None
         if threading.current_thread() is threading.main_thread() and (
@@ -1392,8 +1396,6 @@ class Client:
         if self.worker:
             os._exit(1)
         self.closed = True
-        with contextlib.suppress(RuntimeError):
-            self.loop and self.loop.call_soon_threadsafe(self.loop.remove_reader, self.sock.fileno())
         for ref in [ref() for ref in list(self.refs.values())]:
             for callback in ref.callbacks if ref else ():
                 callback()
@@ -1403,6 +1405,8 @@ class Client:
             if not self.reading:
                 self.read()
                 self.news.notify_all()
+        if self.closed:
+            self.leave_loop()
 
     def wait_until(self, done, deadline=None):
         """False if the deadline comes first. Of all that wait, one reads; the others sleep until it has news."""
@@ -1452,18 +1456,12 @@ class Client:
             for callback in callbacks:
                 callback()
 
-    def on_answer(self, number, fine, answer):
-        self.answers[number] = fine, answer
-
     def ask(self, name, *args):
-        """A question to the hub, and its answer."""
-        number = next(self.ids)
-        self.send("ask", number, name, *args)
-        self.wait_until(lambda: number in self.answers)
-        fine, answer = self.answers.pop(number)
-        if not fine:
-            raise answer
-        return answer
+        """A question to the hub. The answer comes as values do."""
+        answer = ObjectRef(self, next(self.ids))
+        self.send("ask", answer.id, name, *args)
+        self.wait_until(lambda: answer.payload is not None)
+        return self.value(answer)
 
     # - values -
 
