@@ -23,6 +23,7 @@ segfault (clone it first).
 import argparse, atexit, bisect, collections, contextlib, contextvars, ctypes, dataclasses, functools, gc, hashlib, hmac
 import importlib, importlib.util, inspect, io, itertools, json, math, mmap, os, pickle, queue, re, secrets, select
 import signal, socket, struct, subprocess, sys, threading, time, traceback, types, warnings, weakref
+from concurrent.futures import ThreadPoolExecutor
 
 # cloudpickle: functions of __main__, lambdas and closures cannot be pickled by name, as workers have no such module.
 import cloudpickle
@@ -151,18 +152,13 @@ class Arena:
     freed, for writing to pages that were used before is 20 times faster than writing to fresh ones."""
 
     def __init__(self, size, fd=None):
-        self.size, self.base = size, None
-        self.fd = os.memfd_create("actors") if fd is None else fd
+        self.size, self.base, self.fd = size, None, os.memfd_create("actors") if fd is None else fd
         os.ftruncate(self.fd, size)
-
-    @functools.cached_property
-    def writable(self):
-        return memoryview(mmap.mmap(self.fd, self.size))
+        self.base = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0)
+        self.writable = memoryview(mmap.mmap(self.fd, size))
 
     def view(self, offset, size, *keep):
         """Bytes that no reader can change, as they are mapped for reading. `keep` lives as long as any view of them."""
-        if self.base is None:
-            self.base = _libc.mmap(None, self.size, mmap.PROT_READ, mmap.MAP_SHARED, self.fd, 0)
         region = (ctypes.c_char * size).from_address(self.base + offset)
         weakref.finalize(region, lambda *kept: None, self, *keep).atexit = False
         return pickle.PickleBuffer(region).raw().toreadonly()
@@ -172,7 +168,6 @@ class Arena:
             target, numpy = self.writable[offset:offset + len(piece)], sys.modules.get("numpy")
             offset += len(piece)
             if len(piece) > 16 << 20 and numpy:     # memory is faster than one core
-                from concurrent.futures import ThreadPoolExecutor
                 quarters = [numpy.array_split(numpy.frombuffer(side, "u1"), 4) for side in (target, piece)]
                 with ThreadPoolExecutor(min(4, os.cpu_count())) as pool:
                     list(pool.map(numpy.copyto, *quarters))
@@ -180,8 +175,7 @@ class Arena:
                 target[:] = piece
 
     def __del__(self):
-        if self.base is not None:
-            _libc.munmap(self.base, self.size)
+        _libc.munmap(self.base, self.size)
         os.close(self.fd)
 
 class Space:
@@ -600,7 +594,7 @@ class Hub:
     def __init__(self, config, sock, arena, listener):
         self.config, self.loop, self.changed, self.stderr = config, Loop(), False, bytearray()
         self.objects, self.tasks, self.kinds, self.actors, self.names, self.groups = {}, {}, {}, {}, {}, {}
-        self.peers, self.nodes, self.transfers = {}, [], {}
+        self.peers, self.nodes, self.transfers, self.arrived = {}, [], {}, collections.deque()
         self.queues, self.namespace, self.env = collections.defaultdict(collections.deque), "", {}
         self.head = self.add_node(config, lambda name, *args: getattr(self.local, name)(*args))
         self.local = Node(self.loop, arena, config, functools.partial(self.report, self.head))
@@ -614,7 +608,7 @@ class Hub:
         try:
             while self.loop.alive:
                 self.loop.turn()
-                if self.changed:
+                while self.changed:
                     self.changed = False
                     self.schedule()
                 self.loop.flush()
@@ -720,7 +714,8 @@ class Hub:
             else:
                 waiter.missing -= 1
                 if not waiter.missing:
-                    self.ready(waiter)
+                    self.arrived.append(waiter)
+                    self.changed = True
 
     def locate(self, obj, node):
         if obj.payload is not None:
@@ -802,10 +797,9 @@ class Hub:
             self.actors[aid] = Actor(aid, options, options["max_restarts"], task)
             self.objects[aid].holds += options["detached"]
         actor = task.actor = self.actors.get(aid)
-        if aid and actor is None:
-            return self.finish(task, error=ActorDiedError("the actor is dead, and forgotten: no handle was left"))
-        if actor and actor.death is not None:
-            return self.finish(task, error=actor.death)
+        if aid and (actor is None or actor.death is not None):
+            forgotten = ActorDiedError("the actor is dead, and forgotten: no handle was left")
+            return self.finish(task, error=actor.death if actor else forgotten)
         if actor:
             actor.calls[task.id] = task
         for oid in set(task.deps):
@@ -849,6 +843,8 @@ class Hub:
 
     def schedule(self):
         """Starts all that fits. What asks for the same waits in one queue; only its first has to be looked at."""
+        while self.arrived:                         # not in wake(): a long chain of failures would be a deep recursion
+            self.ready(self.arrived.popleft())
         for group in [group for group in self.groups.values() if group.waiting]:
             self.place_group(group)
         for shape, tasks in list(self.queues.items()):
@@ -1084,14 +1080,12 @@ class Hub:
 
     def ask_create(self, peer, name, info, get_if_exists, aid, *fields):
         """Makes an actor with a name, unless an actor has it: then it says which one, or that this is an error."""
-        lives = self.names.get(name, (None,))[0] in self.objects
-        if lives and get_if_exists:
-            return self.ask_actor(peer, name)
-        if lives:
+        if self.names.get(name, (None,))[0] not in self.objects:
+            self.names[name] = aid, info
+            return self.on_submit(peer, aid, *fields)
+        if not get_if_exists:
             raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
-        self.names[name] = aid, info
-        self.on_submit(peer, aid, *fields)
-        return None
+        return self.ask_actor(peer, name)
 
     def ask_actor(self, peer, name):
         aid, info = self.names.get(name, (None, None))
@@ -1265,7 +1259,6 @@ class ObjectRef:
 
     def future(self):
         """The value as a concurrent.futures.Future."""
-        from concurrent.futures import ThreadPoolExecutor
         executor = ThreadPoolExecutor(1)
         future = executor.submit(get, self)
         executor.shutdown(wait=False)
@@ -1600,7 +1593,6 @@ class Worker:
                 asyncio.run(self.live_async(call, options["max_concurrency"]))
             run(call)
             if call.method == "__init__" and options["max_concurrency"] > 1:
-                from concurrent.futures import ThreadPoolExecutor
                 run = functools.partial(ThreadPoolExecutor(options["max_concurrency"]).submit, self.execute)
 
     async def live_async(self, first, limit):
