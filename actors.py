@@ -560,8 +560,7 @@ class Task:
 class Actor:
     id: int
     options: dict
-    restarts: int                   # how many are left
-    creation: Task                  # the call of its constructor
+    creation: Task                  # the call of its constructor: that it is tried again is a restart
     worker: "Peer" = None
     alive: bool = False             # its constructor has returned
     death: bytes = None             # the error that every further call gets
@@ -794,7 +793,7 @@ class Hub:
         self.hold(task.refs)
         if task.method == "__init__":
             options = self.kinds[task.kind][2]
-            self.actors[aid] = Actor(aid, options, options["max_restarts"], task)
+            self.actors[aid] = Actor(aid, options, task)
             self.objects[aid].holds += options["detached"]
         actor = task.actor = self.actors.get(aid)
         if aid and (actor is None or actor.death is not None):
@@ -929,7 +928,7 @@ class Hub:
         if task.cancelled or not task.retries or task.id not in self.tasks:
             return False
         task.retries, task.worker = task.retries - 1, None
-        if task.actor:
+        if task.actor and task.method != "__init__":
             task.actor.lanes[self.lane(task)].appendleft(task)
         self.ready(task)
         return True
@@ -944,7 +943,7 @@ class Hub:
         for oid, (value, refs) in zip(task.returns, results):
             self.seal(oid, value, refs, failed)
         actor, lives = task.actor, task.method == "__init__" and not failed
-        if lives and actor.restarts:
+        if lives and task.retries:
             actor.kept = task.refs
         else:
             self.release(task.refs)
@@ -1027,28 +1026,21 @@ class Hub:
             worker.node.idle.remove(worker)
         self.free_grant(worker)
         actor, error = worker.actor, WorkerCrashedError(reason)
-        if actor and (worker.exiting or not actor.restarts):
+        if actor and (worker.exiting or not actor.creation.retries):
             self.actor_died(actor, ActorDiedError(f"the actor is dead: {reason}"))
-        elif actor:
+        elif actor:                                 # its constructor is called again, and calls wait for that
             error = ActorUnavailableError(f"{reason} in the middle of this call; the actor starts again")
-            self.restart(actor)
+            actor.alive, actor.worker, actor.kept, task = False, None, (), actor.creation
+            self.tasks[task.id] = actor.calls[task.id] = worker.running[task.id] = task
         for task in reversed(worker.running.values()):          # in front of those that wait, in their old order
-            if not self.try_again(task) and not (actor and task is actor.creation):
+            if not self.try_again(task):
                 self.finish(task, error=TaskCancelledError("the task was cancelled") if task.cancelled else error)
         self.release(worker.holds.elements())
-
-    def restart(self, actor):
-        """Its constructor is called again, with the same arguments; calls wait for that."""
-        task = actor.creation
-        actor.restarts, actor.alive, actor.worker = actor.restarts - 1, False, None
-        actor.kept, task.worker = (), None
-        self.tasks[task.id] = actor.calls[task.id] = task
-        self.ready(task)
 
     def actor_died(self, actor, error):
         if actor.death is not None:
             return
-        actor.death, actor.alive, actor.restarts = pack_error(error), False, 0
+        actor.death, actor.alive, actor.creation.retries = pack_error(error), False, 0
         self.names = {name: named for name, named in self.names.items() if named[0] != actor.id}
         actor.lanes.clear()
         for task in list(actor.calls.values()):
@@ -2052,7 +2044,7 @@ class ActorClass(_Remote):
         if name := options.get("name"):
             namespace = options.get("namespace") or client.config["namespace"]
             named = (namespace, name), info, options.get("get_if_exists", False)
-        (ref,), taken = client.submit(kind, "__init__", args, kwargs, [aid], aid, named=named)
+        (ref,), taken = client.submit(kind, "__init__", args, kwargs, [aid], aid, self._plan["max_restarts"], named)
         return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)
 
 def _actor_info(kind, cls, plan):
