@@ -558,7 +558,7 @@ class Task:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Actor:
-    id: int
+    id: int                         # of its creation, too, and of the object that its handles refer to
     options: dict
     creation: Task                  # the call of its constructor: that it is tried again is a restart
     worker: "Peer" = None
@@ -784,15 +784,14 @@ class Hub:
     def on_kind(self, peer, kind, name, blob, options):
         self.kinds[kind] = name, blob, options
 
-    def on_submit(self, peer, aid, *fields):
-        task = Task(*fields, owner=peer)
-        self.tasks[task.id] = task
+    def on_submit(self, peer, tid, aid, *fields):
+        task = self.tasks[tid] = Task(tid, *fields, owner=peer)
         for oid in task.returns:
             self.objects[oid] = Object(maker=task, waiting=[(peer, oid, False)])
             peer.holds[oid] += 1
         self.hold(task.refs)
         if task.method == "__init__":
-            options = self.kinds[task.kind][2]
+            aid, options = tid, self.kinds[task.kind][2]
             self.actors[aid] = Actor(aid, options, task)
             self.objects[aid].holds += options["detached"]
         actor = task.actor = self.actors.get(aid)
@@ -800,7 +799,7 @@ class Hub:
             forgotten = ActorDiedError("the actor is dead, and forgotten: no handle was left")
             return self.finish(task, error=actor.death if actor else forgotten)
         if actor:
-            actor.calls[task.id] = task
+            actor.calls[tid] = task
         for oid in set(task.deps):
             if oid not in self.objects:
                 lost = ObjectLostError(f"argument {oid:024x} is gone: it was freed, as no ref to it was left")
@@ -1070,11 +1069,11 @@ class Hub:
         elif actor and actor.worker:
             actor.worker.node.tell("signal", actor.worker.id, signal.SIGKILL)
 
-    def ask_create(self, peer, name, info, get_if_exists, aid, *fields):
+    def ask_create(self, peer, name, info, get_if_exists, tid, *fields):
         """Makes an actor with a name, unless an actor has it: then it says which one, or that this is an error."""
         if self.names.get(name, (None,))[0] not in self.objects:
-            self.names[name] = aid, info
-            return self.on_submit(peer, aid, *fields)
+            self.names[name] = tid, info
+            return self.on_submit(peer, tid, *fields)
         if not get_if_exists:
             raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
         return self.ask_actor(peer, name)
@@ -1534,9 +1533,9 @@ class Client:
 
     # - calls -
 
-    def submit(self, kind, method, args, kwargs, returns, actor=0, retries=0, named=None):
-        """Sends a call; `returns` are the ids of its values. That of a named actor's constructor is a question: the
-        answer is the actor that has this name already."""
+    def submit(self, kind, method, args, kwargs, count=1, actor=0, retries=0, named=None):
+        """Sends a call, that has `count` values; their refs, and None. The call that makes a named actor is a question,
+        with the actor that has this name already for an answer."""
         try:
             payload, refs, large = self.pack((args, kwargs))
         except (TypeError, AttributeError, pickle.PicklingError) as error:
@@ -1545,11 +1544,10 @@ class Client:
         if large:                                   # its arguments are an object of their own
             self.send("put", large.id, None, refs)
             deps, refs = [large.id, *deps], [large.id]
-        parent, promised = _current.get(), [ObjectRef(self, oid) for oid in returns]
-        call = (actor, returns[0] if returns else next(self.ids), kind, method, payload, deps, refs, returns,
-                parent.id if parent else 0, retries)
-        answer = self.ask("create", *named, *call) if named else self.send("submit", *call)
-        return promised, answer
+        parent, values = _current.get(), [ObjectRef(self, next(self.ids)) for _ in range(count)]
+        call = (values[0].id if values else next(self.ids), actor, kind, method, payload, deps, refs,
+                [value.id for value in values], parent.id if parent else 0, retries)
+        return values, self.ask("create", *named, *call) if named else self.send("submit", *call)
 
 def _blame(args, kwargs, error):
     """Names the argument that cannot be pickled."""
@@ -2025,10 +2023,10 @@ class _Remote:
         return kind
 
 def _submit(kind, method, args, kwargs, options, actor=0, retries=0):
-    client, count = _connected(), options.get("num_returns", 1)
+    count = options.get("num_returns", 1)
     if not isinstance(count, int) or count < 0:
         raise ValueError(f"num_returns={count!r}: it is a number from 0 up")
-    refs, _ = client.submit(kind, method, args, kwargs, [next(client.ids) for _ in range(count)], actor, retries)
+    refs, _ = _connected().submit(kind, method, args, kwargs, count, actor, retries)
     return refs[0] if count == 1 else refs or None
 
 class RemoteFunction(_Remote):
@@ -2039,12 +2037,12 @@ class RemoteFunction(_Remote):
 class ActorClass(_Remote):
     def remote(self, *args, **kwargs):
         client, options, named = _connected(), self._options, None
-        kind, aid = self._kind(client), next(client.ids)
+        kind = self._kind(client)
         info = _actor_info(kind, self._target, self._plan)
         if name := options.get("name"):
             namespace = options.get("namespace") or client.config["namespace"]
             named = (namespace, name), info, options.get("get_if_exists", False)
-        (ref,), taken = client.submit(kind, "__init__", args, kwargs, [aid], aid, self._plan["max_restarts"], named)
+        (ref,), taken = client.submit(kind, "__init__", args, kwargs, 1, 0, self._plan["max_restarts"], named)
         return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)
 
 def _actor_info(kind, cls, plan):
