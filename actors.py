@@ -21,8 +21,8 @@ no spilling to disk; arrays that were got, of any size, are read-only, and to wr
 segfault (clone it first).
 """
 import argparse, atexit, bisect, collections, contextlib, contextvars, ctypes, dataclasses, functools, gc, hashlib, hmac
-import importlib, importlib.util, inspect, io, itertools, json, math, mmap, os, pickle, queue, re, secrets, select
-import signal, socket, struct, subprocess, sys, threading, time, traceback, types, warnings, weakref
+import importlib, importlib.util, inspect, io, itertools, json, math, mmap, os, pickle, queue, re, resource, secrets
+import select, signal, socket, struct, subprocess, sys, threading, time, traceback, types, warnings, weakref
 from concurrent.futures import ThreadPoolExecutor
 
 # cloudpickle: functions of __main__, lambdas and closures cannot be pickled by name, as workers have no such module.
@@ -336,6 +336,8 @@ class Node:
     def __init__(self, loop, arena, config, report):
         self.loop, self.arena, self.config, self.report = loop, arena, config, report
         self.workers, self.ids = {}, {}             # worker's id -> pid, log, channel; its pid -> its id
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))    # a worker takes two descriptors
         _libc.prctl(36, 1, 0, 0, 0)                 # PR_SET_CHILD_SUBREAPER: orphans below become our children
         wake, wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
