@@ -575,7 +575,7 @@ class Peer:
     """The driver or a worker, seen from the hub."""
     id: str
     node: Pool
-    send: callable                  # its messages
+    send: callable                  # send(name, *arguments): a message to it
     holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
 
     kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
@@ -584,7 +584,7 @@ class Peer:
     grant: tuple = None             # (pool, demand, gpus) that it holds
     blocked: int = 0                # how many of its threads wait for values
     lent: bool = False              # its CPU, meanwhile
-    single: bool = False            # has an actor, GPUs or an environment: runs no further task
+    single: bool = False            # has GPUs or an environment of its own: runs no further task
     exiting: bool = False           # on purpose
     label: str = ""                 # what it runs, for its log
     line: bytes = b""               # what it has printed of a line so far
@@ -867,7 +867,7 @@ class Hub:
         if pool is None or not (demand or task.actor) and pool.node.busy >= 64:     # what asks for nothing waits, too
             return False
         gpus = pool.take(demand)
-        worker = self.find_worker(pool.node, options["env"], gpus, task.actor)
+        worker = self.find_worker(pool.node, options["env"], gpus)
         worker.grant = pool, demand, gpus
         pool.node.busy += 1
         if task.actor:
@@ -883,21 +883,15 @@ class Hub:
             text = f"{name} cannot run: its placement group was removed"
         self.finish(task, error=ActorUnschedulableError(text) if task.actor else TaskUnschedulableError(text))
 
-    def find_worker(self, node, env, gpus, actor):
-        special = bool(env or gpus)
-        if node.idle and not special:
-            worker = node.idle.pop()
-        else:
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))} if node.gpus else {}
-            worker = self.fork(node, visible | env, sorted(gpus))
-        worker.single = bool(special or actor)
-        return worker
-
-    def fork(self, node, env, gpus):
-        worker_id = secrets.token_hex(14)
-        worker = self.peers[worker_id] = Peer(worker_id, node, functools.partial(node.tell, "send", worker_id))
-        settings = {"worker": worker_id, "gpus": gpus, "namespace": self.namespace}
-        node.tell("fork", worker_id, self.env | env, settings)
+    def find_worker(self, node, env, gpus):
+        if node.idle and not env and not gpus:
+            return node.idle.pop()
+        worker_id, single = secrets.token_hex(14), bool(env or gpus)
+        worker = Peer(worker_id, node, functools.partial(node.tell, "send", worker_id), single=single)
+        self.peers[worker_id] = worker
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))} if node.gpus else {}
+        settings = {"worker": worker_id, "gpus": sorted(gpus), "namespace": self.namespace}
+        node.tell("fork", worker_id, self.env | visible | env, settings)
         node.started += 1
         return worker
 
@@ -992,23 +986,19 @@ class Hub:
 
     def on_cancel(self, peer, oid, force, recursive):
         obj = self.objects.get(oid)
-        if obj and obj.maker:
-            self.cancel(obj.maker, force, recursive)
-
-    def cancel(self, task, force, recursive):
-        children = [other for other in self.tasks.values()
-                    if recursive and other.parent == task.id and other.method != "__init__"]
-        task.cancelled = True
-        if task.worker is None:
-            self.finish(task, error=TaskCancelledError("the task was cancelled before it began"))
-        elif force and not task.actor:
-            task.worker.node.tell("signal", task.worker.id, signal.SIGKILL)
-        else:
-            task.worker.send("cancel", task.id)
-            if not task.actor:                      # the message says which task; the signal makes the worker look
-                task.worker.node.tell("signal", task.worker.id, signal.SIGINT)
-        for child in children:
-            self.cancel(child, force, recursive)
+        tasks = [obj.maker] if obj and obj.maker else []
+        for task in tasks:
+            tasks += [child for child in self.tasks.values()        # they have their turn in this loop
+                      if recursive and child.parent == task.id and child.method != "__init__"]
+            task.cancelled = True
+            if task.worker is None:
+                self.finish(task, error=TaskCancelledError("the task was cancelled before it began"))
+            elif force and not task.actor:
+                task.worker.node.tell("signal", task.worker.id, signal.SIGKILL)
+            else:
+                task.worker.send("cancel", task.id)
+                if not task.actor:                  # the message says which task; the signal makes the worker look
+                    task.worker.node.tell("signal", task.worker.id, signal.SIGINT)
 
     # - workers that end, and what that means -
 
