@@ -261,15 +261,15 @@ class Loop:
         if self.handlers.pop(fd, None):
             self.poller.unregister(fd)
 
-    def turn(self):
-        for fd, _ in self.poller.poll():
-            if fd in self.handlers:
-                self.handlers[fd]()
-
-    def flush(self):
-        """What there is to say goes out once a turn: many messages in one system call."""
-        while self.dirty:
-            self.dirty.pop().flush()
+    def run(self, think):
+        """Hears, thinks, and says what there is to say once a turn: many messages in one system call."""
+        while self.alive:
+            for fd, _ in self.poller.poll():
+                if fd in self.handlers:
+                    self.handlers[fd]()
+            think()
+            while self.dirty:
+                self.dirty.pop().flush()
 
 class Channel:
     """One end of a connection, in a Loop. It never blocks: what the socket does not take waits in `out`."""
@@ -444,11 +444,15 @@ class Node:
                 if int(file.read().rpartition(")")[2].split()[1]) == os.getpid() and int(pid) not in but:
                     os.kill(int(pid), signal.SIGKILL)
 
-    def end(self):
-        with contextlib.suppress(ChildProcessError):
-            while True:                             # the children of what is killed become our children in turn
-                self.kill_children()
-                os.waitpid(-1, 0)
+    def run(self, think=lambda: None):
+        """Until the loop is stopped. Then nothing stays of what ran here."""
+        try:
+            self.loop.run(think)
+        finally:
+            with contextlib.suppress(ChildProcessError):
+                while True:                         # the children of what is killed become our children in turn
+                    self.kill_children()
+                    os.waitpid(-1, 0)
 
     def read(self, token, offset, size):
         self.report("bytes", token, os.pread(self.arena.fd, size, offset))
@@ -605,16 +609,6 @@ class Hub:
         if listener:
             self.loop.watch(listener.fileno(), lambda: self.greet(listener))
 
-    def run(self):
-        try:
-            while self.loop.alive:
-                self.loop.turn()
-                while self.changed:
-                    self.changed = False
-                    self.schedule()
-                self.loop.flush()
-        finally:
-            self.local.end()
 
     def handle(self, peer, messages):
         for name, *args in messages:
@@ -843,15 +837,17 @@ class Hub:
 
     def schedule(self):
         """Starts all that fits. What asks for the same waits in one queue; only its first has to be looked at."""
-        while self.arrived:                         # not in wake(): a long chain of failures would be a deep recursion
-            self.ready(self.arrived.popleft())
-        for group in [group for group in self.groups.values() if group.waiting]:
-            self.place_group(group)
-        for shape, tasks in list(self.queues.items()):
-            while tasks and (tasks[0].id not in self.tasks or self.start(tasks[0])):
-                tasks.popleft()
-            if not tasks:
-                del self.queues[shape]
+        while self.changed:
+            self.changed = False
+            while self.arrived:                     # not in wake(): a long chain of failures would be a deep recursion
+                self.ready(self.arrived.popleft())
+            for group in [group for group in self.groups.values() if group.waiting]:
+                self.place_group(group)
+            for shape, tasks in list(self.queues.items()):
+                while tasks and (tasks[0].id not in self.tasks or self.start(tasks[0])):
+                    tasks.popleft()
+                if not tasks:
+                    del self.queues[shape]
 
     def start(self, task):
         """False if it has to wait."""
@@ -1809,7 +1805,8 @@ def serve(sock_fd, arena_fd, listener_fd=None):
     """The process of the hub."""
     sock, listener = socket.socket(fileno=sock_fd), socket.socket(fileno=listener_fd) if listener_fd else None
     config, = _first_message(sock)
-    Hub(config, sock, Arena(config["store"], arena_fd), listener).run()
+    hub = Hub(config, sock, Arena(config["store"], arena_fd), listener)
+    hub.local.run(hub.schedule)
 
 def serve_node(config):
     """The process of another node: does what the hub says, reports what happens, ends when the hub is gone."""
@@ -1821,10 +1818,7 @@ def serve_node(config):
     channel = Channel(loop, sock, lambda messages: [getattr(node, name)(*args) for name, *args in messages], loop.stop)
     node = Node(loop, Arena(config["store"]), config, channel.send)
     print("ready", flush=True)
-    while loop.alive:
-        loop.turn()
-        loop.flush()
-    node.end()
+    node.run()
 
 def _node_config(num_cpus=None, num_gpus=None, resources=None, object_store_memory=None):
     if num_gpus is None:
