@@ -620,7 +620,7 @@ class Hub:
     def on_ask(self, peer, key, name, *args):
         try:
             answer = pack_value(getattr(self, "ask_" + name)(peer, *args))
-        except ValueError as error:
+        except Exception as error:                  # a question that makes no sense is the asker's problem
             answer = pack_error(error)
         peer.send("value", key, answer)
 
