@@ -364,9 +364,9 @@ class Node:
         os.set_blocking(log, False)
         channel = Channel(self.loop, ours, functools.partial(self.report, "messages", worker_id),
                           lambda: self.signal(worker_id, signal.SIGKILL))
-        worker = self.workers[worker_id] = types.SimpleNamespace(id=worker_id, pid=pid, log=log, channel=channel)
+        self.workers[worker_id] = types.SimpleNamespace(pid=pid, log=log, channel=channel)
         self.ids[pid] = worker_id
-        self.loop.watch(log, lambda: self.read_log(worker))
+        self.loop.watch(log, lambda: self.read_log(worker_id))
 
     def become_worker(self, env, settings, sock, output):
         signal.set_wakeup_fd(-1)
@@ -398,19 +398,15 @@ class Node:
         if worker := self.workers.get(worker_id):
             worker.channel.send(*message)
 
-    def drain_log(self, worker_id):
-        while worker_id in self.workers and self.read_log(self.workers[worker_id]): pass
-
-    def read_log(self, worker):
-        try:
-            data = os.read(worker.log, 1 << 16)
-        except BlockingIOError:
-            return False
-        if data:
-            self.report("log", worker.id, worker.pid, data)
-        else:
-            self.loop.forget(worker.log)
-        return bool(data)
+    def read_log(self, worker_id):
+        if worker_id not in self.workers:
+            return
+        worker = self.workers[worker_id]
+        with contextlib.suppress(BlockingIOError):
+            if data := os.read(worker.log, 1 << 16):            # a pipe holds no more
+                self.report("log", worker_id, worker.pid, data)
+            else:
+                self.loop.forget(worker.log)
 
     def signal(self, worker_id, number):
         if worker := self.workers.get(worker_id):
@@ -427,16 +423,17 @@ class Node:
                 return
             if pid not in self.ids:
                 continue
-            worker = self.workers.pop(self.ids.pop(pid))
+            worker_id = self.ids.pop(pid)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, signal.SIGKILL)      # what it started goes with it,
             self.kill_children(but=self.ids)        # also what had left its process group, and is our child now
+            self.read_log(worker_id)
+            worker = self.workers.pop(worker_id)    # from here on it gets no more signals
             while worker.channel.sock and worker.channel.read(): pass           # its last words
-            while self.read_log(worker): pass
             worker.channel.close()
             self.loop.forget(worker.log)
             os.close(worker.log)
-            self.report("exited", worker.id, pid, os.waitstatus_to_exitcode(status))
+            self.report("exited", worker_id, pid, os.waitstatus_to_exitcode(status))
 
     def kill_children(self, but=()):
         for pid in filter(str.isdigit, os.listdir("/proc")):
@@ -581,7 +578,6 @@ class Peer:
     node: Pool
     send: callable                  # send(name, *arguments): a message to it
     holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-
     kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
     running: dict = dataclasses.field(default_factory=dict)     # task id -> task
     actor: Actor = None
@@ -608,7 +604,6 @@ class Hub:
         self.loop.watch(os.pidfd_open(os.getppid()), self.loop.stop)    # a child of the driver may hold its socket
         if listener:
             self.loop.watch(listener.fileno(), lambda: self.greet(listener))
-
 
     def handle(self, peer, messages):
         for name, *args in messages:
@@ -735,7 +730,6 @@ class Hub:
             self.show(oid, obj, peer, key, needed)
         else:
             obj.waiting.append((peer, key, needed))
-
 
     # - objects go to another node when they are needed there, chunk by chunk: read, write, and the next -
 
@@ -897,7 +891,7 @@ class Hub:
             worker.kinds.add(task.kind)
             worker.send("kind", task.kind, name, blob, options)
         if worker.label != name:
-            worker.node.tell("drain_log", worker.id)            # what the task before it has printed
+            worker.node.tell("read_log", worker.id)             # what the task before it has printed
             worker.label = name
         worker.running[task.id], task.worker = task, worker
         values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
@@ -1761,7 +1755,6 @@ class Cluster:
         if connect:
             init(address=self.address)
 
-
     def add_node(self, num_cpus=1, num_gpus=0, resources=None, object_store_memory=None):
         config = _node_config(num_cpus, num_gpus, resources, object_store_memory)
         node = subprocess.Popen(_command("actors.serve_node(actors.json.loads(input()))"), text=True,
@@ -2242,7 +2235,6 @@ class Queue:
     def size(self): return self.qsize()
     def __len__(self): return self.qsize()
     def shutdown(self, force=False, grace_period_s=5): kill(self.actor)
-
 
 # --- Ray's module names, so that `from actors.util import ActorPool` works ---
 
