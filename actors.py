@@ -2020,6 +2020,9 @@ class ActorClass(_Remote):
         info = _actor_info(kind, self._target, self._plan)
         if name := options.get("name"):
             namespace = options.get("namespace") or client.config["namespace"]
+            if options.get("get_if_exists"):
+                with contextlib.suppress(ValueError):       # if there is none yet, its arguments have to be packed
+                    return get_actor(name, namespace)
             named = (namespace, name), info, options.get("get_if_exists", False)
         (ref,), taken = client.submit(kind, "__init__", args, kwargs, 1, 0, self._plan["max_restarts"], named)
         return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)

@@ -210,3 +210,21 @@ def test_whatever_is_done_in_whatever_order_all_comes_back(small, seed):
     refs.clear(), actors.clear()
     eventually(lambda: gc.collect() >= 0 and small.get(nested.remote([0]), timeout=20) == (0,)
                and small.available_resources() == full)
+
+
+def test_an_actor_that_is_there_needs_no_arguments(small):
+    @small.remote
+    class Actor:
+        def __init__(self, value):
+            self.value = value
+
+        def get(self):
+            return self.value
+
+    actor = Actor.options(name="one", get_if_exists=True).remote(1)
+    again = Actor.options(name="one", get_if_exists=True).remote(threading.Lock())
+    assert again == actor and small.get(again.get.remote()) == 1
+    with pytest.raises(TypeError, match="argument 0, of type lock"):
+        Actor.options(name="two", get_if_exists=True).remote(threading.Lock())
+    with pytest.raises(ValueError, match="two"):
+        small.get_actor("two")
