@@ -58,13 +58,14 @@ _TYPES = {
     "list": ("+l", 12, (), "i4", "list"), "large_list": ("+L", 21, (), "i8", "list"),
     "fixed_size_list": ("+w:", 16, ("size",), None, "fixed_list"), "struct": ("+s", 13, (), None, "struct"),
     "dictionary": ("-", -1, (), None, "dictionary"),            # has no code: its values have, its indices beside them
-    "string_view": ("vu", 24, (), "V16", "view"), "binary_view": ("vz", 23, (), "V16", "view"),      # read as large_*
 }
+# views, whose bytes lie all over the place, are read as text in one piece
+_VIEWS = {"vu": "large_utf8", 24: "large_utf8", "vz": "large_binary", 23: "large_binary"}
 _UNSUPPORTED = {7: "decimal", 9: "time", 11: "interval", 14: "union", 17: "map", 22: "run_end_encoded", 25: "list_view",
                 26: "large_list_view", "d:": "decimal", "tt": "time", "ti": "interval", "+u": "union", "+m": "map",
                 "+r": "run_end_encoded", "+v": "list_view"}
-_ALIASES = {"string": "utf8", "large_string": "large_utf8", "halffloat": "float16", "float": "float32",
-            "double": "float64"}                                # pyarrow's spellings
+_ALIASES = {"string": "utf8", "large_string": "large_utf8", "string_view": "large_utf8", "binary_view": "large_binary",
+            "halffloat": "float16", "float": "float32", "double": "float64"}        # pyarrow's spellings
 _UNITS = ("s", "ms", "us", "ns")
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -78,6 +79,7 @@ class Type:
     index: Type | None = None           # dictionary: the integer type of its indices
     ordered: bool = False               # dictionary: whether the order of its values means something
     id: int = 0                         # dictionary: its number in the file from which it was read
+    view: bool = False                  # large_utf8, large_binary: to be made from views
 
     layout = property(lambda self: _TYPES[self.name][4])
     family = property(lambda self: self.name.removeprefix("large_"))
@@ -104,7 +106,6 @@ class Type:
         return self.name + (f"<{inner}>" if inner or self.name == "struct" else "") + (
             f"[{', '.join(brackets)}]" if brackets else "")
 
-    def __str__(self) -> str: return self.text
     def __repr__(self) -> str: return self.text
     def __hash__(self) -> int: return hash(self.text)
     def __eq__(self, other) -> bool:
@@ -192,18 +193,17 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 def _type_of_dtype(dtype: np.dtype) -> Type:
-    kind, unit = dtype.kind, np.datetime_data(dtype)[0] if dtype.kind in "mM" else ""
-    if kind in "iuf" and dtype.itemsize <= 8:
-        return Type({"i": "int", "u": "uint", "f": "float"}[kind] + str(8 * dtype.itemsize))
-    if (kind, unit) == ("M", "D"):
+    if dtype == "M8[D]":
         return Type("date32")
-    if unit:
-        return Type("timestamp" if kind == "M" else "duration", unit=unit if unit in _UNITS else "s")
-    if kind == "V" and dtype.itemsize and dtype.fields is None:
+    if dtype.kind in "mM":
+        unit = np.datetime_data(dtype)[0]
+        return Type("timestamp" if dtype.kind == "M" else "duration", unit=unit if unit in _UNITS else "s")
+    if dtype.kind == "V" and dtype.itemsize and dtype.fields is None:
         return Type("fixed_size_binary", size=dtype.itemsize)
-    if kind in "bUS":
-        return Type({"b": "bool", "U": "utf8", "S": "binary"}[kind])
-    raise ValueError(f"numpy dtype {dtype} has no Arrow type; convert it first")
+    name = {"b": "bool", "U": "utf8", "S": "binary"}.get(dtype.kind, dtype.name)        # int8, float64, ...
+    if name not in _TYPES:
+        raise ValueError(f"numpy dtype {dtype} has no Arrow type; convert it first")
+    return Type(name)
 
 def _list_of(item: Type, name: str = "list", size: int = 0) -> Type: return Type(name, (Field("item", item),), size)
 
@@ -216,6 +216,7 @@ class Bits:
     def __init__(self, bytes: np.ndarray, start: int, length: int):
         self.bytes, self.start, self.length = bytes, start, length
 
+    def __reduce__(self): return Bits, (Bits.pack(self), 0, self.length)
     def item(self, i: int) -> bool: return bool(self.bytes[(self.start + i) >> 3] >> ((self.start + i) & 7) & 1)
 
     def __getitem__(self, pick: slice | np.ndarray):
@@ -260,8 +261,10 @@ class Array:
     def __array__(self, dtype=None, copy=None): return np.array(self.to_numpy(), dtype, copy=copy)
     def __arrow_c_stream__(self, requested_schema=None): return _export(Field("", self.type), [self])
     def __reduce__(self):
-        values = self.values if self.type.name == "dictionary" else None
-        return _revive, (self.type, self.length, self.null_count, *_dismantle(self), values)
+        data, children = self.data, self.children
+        if self.type.layout in ("bytes", "list"):           # without the items that no row uses
+            data, *children = self.used()
+        return Array, (self.type, self.length, data, children, self.valid)
     def combine(self) -> Array: return self                 # as a Column does, so that either can be asked
 
     def present(self) -> np.ndarray:
@@ -571,8 +574,8 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
         dense = np.array(values, "m8" if family == "duration" else "M8")
         if any(isinstance(v, np.generic) and v != exact for v, exact in zip(values, dense)):
             raise ValueError(f"the times {values[0]} and others do not fit in one unit")
-        kind, dense = _numpy_times(dense)
-        return replace(kind, tz=zones.pop() if len(zones) == 1 else "UTC"), dense
+        times = _from_numpy(dense)
+        return replace(times.type, tz=zones.pop() if len(zones) == 1 else "UTC"), times.data
     if family == "int" and not any(isinstance(v, np.integer) for v in values):
         low, high = min(values), max(values)
         if low < -(2**63) or high >= (2**64 if low >= 0 else 2**63):
@@ -592,16 +595,6 @@ def _zone_name(value) -> str:
         return "UTC" if zone else ""
     return getattr(zone, "key", None) or f"{value:%z}"[:3] + ":" + f"{value:%z}"[3:5]
 
-def _numpy_times(a: np.ndarray) -> tuple[Type, np.ndarray]:
-    """numpy has units from years to attoseconds, Arrow days (as 32-bit numbers) and seconds to nanoseconds."""
-    kind = _type_of_dtype(a.dtype)
-    out = a.astype("M8[D]" if kind == "date32" else kind.dtype, copy=False)
-    dense = out.astype(kind.dtype, copy=False)
-    there = ~np.isnat(a)
-    if (out.astype(a.dtype) != a)[there].any() or kind == "date32" and (dense.astype("M8[D]") != out)[there].any():
-        raise ValueError(f"a time of {a.dtype} does not fit in {kind}")
-    return kind, dense
-
 def _from_numpy(a: np.ndarray) -> Array:
     """A view where numpy and Arrow agree. A further axis becomes a fixed_size_list, NaT becomes null."""
     if a.ndim == 0:
@@ -612,7 +605,9 @@ def _from_numpy(a: np.ndarray) -> Array:
     if a.dtype.kind in "OUS" or isinstance(a, np.ma.MaskedArray):
         return _build(a.tolist())
     valid = ~np.isnat(a) if a.dtype.kind in "mM" and np.isnat(a).any() else None
-    kind, a = _numpy_times(a) if a.dtype.kind in "mM" else (_type_of_dtype(a.dtype), a)
+    kind = _type_of_dtype(a.dtype)
+    if a.dtype.kind in "mM" and a.dtype != kind.dtype:      # numpy's units go from years to attoseconds, and days
+        a = _exact(a, kind, kind, True if valid is None else valid)
     return Array(kind, len(a), np.ascontiguousarray(a.astype(kind.dtype, copy=False)).view(), (), valid)
 
 # --- one type for all parts: unify, cast, concatenate ----------------------------------------------------------------
@@ -708,20 +703,21 @@ def _cast(a: Array, to: Type) -> Array:
     return Array(to, len(a), data, children, a.valid)
 
 def _exact(values: np.ndarray, source: Type, to: Type, present) -> np.ndarray:
-    """Numbers and times as another dtype; only floats may be rounded, to other floats."""
+    """Numbers and times as the dtype of a type; only floats may be rounded, to other floats."""
     values = values.astype("M8[D]") if source.name == "date32" else values
-    dtype = np.dtype("M8[D]") if to.name.startswith("date") else to.dtype
+    dtype = np.dtype("M8[D]") if to.name.startswith("date") else to.dtype       # stored as int32 or as milliseconds
     kinds = values.dtype.kind + dtype.kind
     if kinds not in ("MM", "mm", "iM", "im") and not set(kinds) <= set("iuf"):
         raise ValueError(f"{source} cannot become {to}")
     with np.errstate(all="ignore"):
-        out = values.astype(dtype)
+        stored = values.astype(dtype).astype(to.dtype, copy=False)
+        out = stored.astype(dtype, copy=False)
         changed = out.astype(values.dtype) != values
         changed &= np.isinf(out) if kinds == "ff" else True         # rounded is fine, lost is not
         changed |= ((values < 0) != (out < 0)) if kinds in ("iu", "ui") else False      # -1 there and back is -1 again
     if (changed := changed & present).any():
-        raise ValueError(f"{values[changed][0]} is no {to}")
-    return out.astype(to.dtype)
+        raise ValueError(f"{values[changed][0]} is no {to}: it does not fit")
+    return stored
 
 def _concat(kind: Type, arrays: list[Array]) -> Array:
     if len(arrays) < 2:
@@ -1033,25 +1029,22 @@ def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], st
     for i, result in enumerate(results):
         if not isinstance(result, (dict, NoneType)):
             raise ValueError(f"map: row {start + i}: the function returned {type(result).__name__}; return a dict")
-    results = [result or {} for result in results]
-    names = dict.fromkeys(itertools.chain.from_iterable(results))
-    new = results[0] if batched else {name: [result[name] if name in result else row.get(name)
-                                             for result, row in zip(results, rows)] for name in names}
-    kept = {f.name: f for f in part.schema if f.name not in removed and f.name not in new}
+    new = dict.fromkeys(itertools.chain.from_iterable(result or () for result in results))
+    merged = [row | (result or {}) for row, result in zip(rows, results)]
+    old = {f.name: f for f in part.schema}
+    kept = [name for name in old if name not in removed and name not in new]
     arrays = {name: part[name].combine() for name in kept}
-    for name, values in new.items():
-        arrays[name] = array(values)
-        if name in part.schema.names:
+    for name in new:
+        arrays[name] = array(merged[0][name] if batched else [row.get(name) for row in merged])
+        if name in old:
             with contextlib.suppress(ValueError):       # an int32 column stays one as long as its new values fit
-                arrays[name] = _cast(arrays[name], part[name].type)
+                arrays[name] = _cast(arrays[name], old[name].type)
         if kept and len(arrays[name]) != len(part):
             raise ValueError(f"map: {len(part)} rows became {len(arrays[name])} in {name!r}; remove_columns must name "
                              f"the columns that cannot follow: {', '.join(kept)}")
-    order = dict.fromkeys([name for name in part.schema.names if name in arrays] + list(arrays))
-    old = {f.name: f for f in part.schema}
-    fields = [old[name] if name in old and old[name].type == arrays[name].type else Field(name, arrays[name].type)
-              for name in order]
-    return Table.from_pydict({name: arrays[name] for name in order}, Schema(fields, part.schema.metadata))
+    fields = [Field(name, arrays[name].type) for name in old | arrays if name in arrays]
+    fields = [old[f.name] if f.name in old and old[f.name].type == f.type else f for f in fields]
+    return Table.from_pydict(arrays, Schema(fields, part.schema.metadata))
 
 def _progress(results, total: int):
     """Pass the results on; on a terminal, show how far they are."""
@@ -1090,19 +1083,27 @@ _SPOOL_BYTES = 64 << 20
 
 def _gathered(tables, schema=None) -> Table:
     """Tables that come one by one, as one: beyond 64 MB they wait in temporary files that are mapped, not in memory."""
-    done, recent, size = [], [], 0
-    for table in tables:
-        recent.append(table)
-        size += table.nbytes
-        if size > _SPOOL_BYTES:
-            with tempfile.TemporaryFile() as file:
-                write(concat(recent), file, stream=True)
-                done.append(read(file))
-            recent, size = [], 0
-    if recent:
-        rest = concat(recent)
-        done.append(Table(rest.schema, [rest.combine()]))
+    done = []
+    for joined in map(concat, _by_size(tables, _SPOOL_BYTES)):
+        if joined.nbytes < _SPOOL_BYTES:
+            done.append(Table(joined.schema, [joined.combine()]))
+            continue
+        with tempfile.TemporaryFile() as file:
+            write(joined, file, stream=True)
+            done.append(read(file))
     return concat(done) if done else Table(Schema(schema or []), [])
+
+def _by_size(parts, limit: int):
+    """Arrays or tables that come one by one, in lists of at least so many bytes; the last has the rest."""
+    group, size = [], 0
+    for part in parts:
+        group.append(part)
+        size += part.nbytes
+        if size >= limit:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 def _json_row(line: bytes, where: str) -> dict:
     try:
@@ -1243,7 +1244,7 @@ def _read_field(node: _Flat, ids: dict, budget, depth: int = 0) -> Field:
 
 def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
     numbers = [node.number(i, code, *_DEFAULTS.get(member, ())) for i, code in enumerate(_FORMATS.get(member, ""))]
-    name = _NAMES.get((member, *numbers)) or _NAMES.get((member,))
+    name = _VIEWS.get(member) or _NAMES.get((member, *numbers)) or _NAMES.get((member,))
     if name is None:
         raise _unsupported(column, _UNSUPPORTED.get(member, member))
     known = dict(zip(_TYPES[name][2], numbers))
@@ -1251,7 +1252,7 @@ def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
     if size < (name == "fixed_size_binary") or is_list and len(children) != 1 or unit not in (None, 0, 1, 2, 3):
         raise ValueError(f"column {column!r} has an impossible type, {name}")
     tz = node.text(1).decode() if name == "timestamp" else ""
-    return Type(name, children, size, "" if unit is None else _UNITS[unit], tz)
+    return Type(name, children, size, "" if unit is None else _UNITS[unit], tz, view=member in _VIEWS)
 
 def _unsupported(column: str, kind) -> ValueError:
     return ValueError(f"column {column!r} has the Arrow type {kind}, which is not supported; cast it before writing")
@@ -1268,6 +1269,8 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
         raise ValueError(f"{n:,} rows without any bytes are more than the {_MAX_BODILESS:,} that are believed")
     bits = None if layout == "null" else buffer((n + 7) // 8 if nulls else 0)
     valid = Bits(bits, 0, n) if nulls and layout != "null" else None
+    if kind.view:
+        return _from_views(kind, buffer(16 * n), view_buffers(), valid)
     if kind.name == "bool":
         data = Bits(buffer((n + 7) // 8), 0, n)
     elif layout in ("bytes", "list"):
@@ -1284,16 +1287,7 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
         if any(len(c) < rows for c in children):
             raise ValueError(f"a {kind} column has too few items")
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
-    if layout == "view":
-        return _from_views(kind, data, view_buffers(), valid)
-    return Array(_readable(kind), n, data, children, valid)
-
-def _readable(kind: Type) -> Type:
-    """The type as which a type is read: views, which point all over the place, become text in one piece."""
-    if "_view" not in kind.text:
-        return kind
-    name = {"string_view": "large_utf8", "binary_view": "large_binary"}.get(kind.name, kind.name)
-    return replace(kind, name=name, fields=tuple(replace(f, type=_readable(f.type)) for f in kind.fields))
+    return Array(kind, n, data, children, valid)
 
 def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid) -> Array:
     """A view is a length, and then either up to 12 bytes or (4 bytes, buffer, position)."""
@@ -1308,7 +1302,7 @@ def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid)
     bases = 4 * views.size + np.cumsum(sizes) - sizes
     starts = np.where(far, bases[buffer] + position, np.arange(len(views)) * 16 + 4)
     text = Array(Type("uint8"), len(joined), joined).gather(starts, lengths)
-    return Array(_readable(kind), len(views), _offsets_of(lengths, _readable(kind)), [text], valid)
+    return Array(kind, len(views), _offsets_of(lengths, kind), [text], valid)
 
 def _dismantle(a: Array) -> tuple[list, list[Array]]:
     """An array's own buffers as Arrow has them (validity first), and its children, without rows that nobody sees."""
@@ -1325,11 +1319,6 @@ def _dismantle(a: Array) -> tuple[list, list[Array]]:
             offsets, child = a.used()
             return ([valid, offsets], [child]) if layout == "list" else ([valid, offsets, child.data], [])
     return [valid], list(a.children)
-
-def _revive(kind: Type, n: int, nulls: int, buffers: list, children: list, values: Array | None) -> Array:
-    """The array that _dismantle took apart: what a pickle does on arrival."""
-    buffers, children = iter(buffers), iter(children)
-    return _assemble(kind, n, nulls, lambda size: next(buffers), lambda kind: next(children), list, lambda kind: values)
 
 # --- files: messages, each a flatbuffer and a body of buffers --------------------------------------------------------
 
@@ -1399,14 +1388,8 @@ class Writer:
         if not isinstance(rows, Table):
             known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
             rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)
-        pieces, size = [], 0
-        for piece in itertools.chain(rows.cast(self.schema.type).batches(), [None]):
-            if pieces and (piece is None or size >= 64 << 20):
-                self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
-                pieces, size = [], 0
-            if piece is not None:
-                pieces.append(piece)
-                size += piece.nbytes
+        for pieces in _by_size(rows.cast(self.schema.type).batches(), 64 << 20):
+            self._message(_BATCH, *self._record_batch(_concat(self.schema.type, pieces)))
 
     def _put(self, data) -> None: self.at += self.file.write(data)
 
@@ -1498,7 +1481,7 @@ def read(path) -> Table:
     def decode(k: int) -> Array:
         with _damage_is_named(path):
             return _decode(schema.type, *batches[k])
-    return Table(replace(schema, type=_readable(schema.type)), Lazy(len(batches), decode), lengths)
+    return Table(schema, Lazy(len(batches), decode), lengths)
 
 @contextlib.contextmanager
 def _damage_is_named(path):
@@ -1561,7 +1544,7 @@ def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int,
     children = [child(f.type) for f in kind.fields]
     if any(len(c) != n for c in children):
         raise ValueError("the columns of a batch differ in length")
-    return Array(_readable(kind), n, None, children)
+    return Array(kind, n, None, children)
 
 def _decompress(data: np.ndarray, codec: int) -> np.ndarray:
     size, data, package = int(data[:8].view("<i8")[0]), data[8:], ("lz4", "zstandard")[codec]
@@ -1751,7 +1734,7 @@ def _import(source) -> tuple[Field, list[Array]]:
     else:
         raise ValueError(f"{type(source).__name__} does not speak the Arrow C interface")
     top = _import_field(schema.c)
-    return replace(top, type=_readable(top.type)), [_import_array(array.c, top.type, array) for array in arrays]
+    return top, [_import_array(array.c, top.type, array) for array in arrays]
 
 def _ask(stream, function: int, out) -> None:
     if _OnTwoPointers(function)(ctypes.addressof(stream), ctypes.addressof(out)):
@@ -1762,7 +1745,7 @@ def _import_schema(source) -> Field:
     capsule = source.__arrow_c_schema__()                   # it owns what we read
     return _import_field(_CSchema.from_address(_address(capsule, b"arrow_schema")))
 
-_LETTERS = {row[0]: name for name, row in _TYPES.items()}
+_LETTERS = {row[0]: name for name, row in _TYPES.items()} | _VIEWS
 
 def _import_field(c) -> Field:
     code, name = (ctypes.string_at(at).decode() if at else "" for at in (c.format, c.name))
@@ -1771,8 +1754,9 @@ def _import_field(c) -> Field:
         raise _unsupported(name, next((k for known, k in _UNSUPPORTED.items() if code.startswith(str(known))), code))
     unit = dict(zip("smun", _UNITS))[code[2]] if letters in ("ts", "tD") else ""
     fields = tuple(_import_field(_CSchema.from_address(child)) for child in _numbers_at(c.children, c.n_children))
-    kind = Type(_LETTERS[letters], fields, int(code[len(letters) :]) if letters.endswith("w:") else 0, unit,
-                code[4:] if letters == "ts" else "")
+    size = int(code[len(letters) :]) if letters.endswith("w:") else 0
+    zone = code[4:] if letters == "ts" else ""
+    kind = Type(_LETTERS[letters], fields, size, unit, zone, view=letters in _VIEWS)
     if c.dictionary:
         values = _import_field(_CSchema.from_address(c.dictionary))
         kind = Type("dictionary", (values,), index=kind, ordered=bool(c.flags & 1))
