@@ -1608,11 +1608,16 @@ def _release_function(layout) -> int:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     return np.frombuffer(memory, np.uint8).ctypes.data
 
-def _lend(c, parts: list, *alive) -> None:
-    """Keep what c points to until c is released. A part (a child) that is taken out of c goes on living by itself."""
-    flag = ctypes.c_int64(0)
+def _lend(c, *alive, children=(), dictionary=()):
+    """Keep what c points to until c is released. A part that is taken out of c goes on living by itself."""
+    flag, pointers = ctypes.c_int64(0), (ctypes.c_int64 * len(children))(*map(ctypes.addressof, children))
     c.release, c.private = _release_function(type(c)), ctypes.addressof(flag)
-    _lent[c.private] = flag, parts, alive
+    if children:
+        c.n_children, c.children = len(children), ctypes.addressof(pointers)
+    if dictionary:
+        c.dictionary = ctypes.addressof(dictionary[0])
+    _lent[c.private] = flag, [*children, *dictionary], [pointers, *alive]
+    return c
 
 def _sweep(phase: str = "stop", info=None) -> None:
     """Let go of what has been released. Called whenever something is lent, and by full garbage collections."""
@@ -1637,61 +1642,47 @@ def _forget(address: int) -> None:
 
 gc.callbacks.append(_sweep)
 
-def _export_field(f: Field, c=None):
-    c, kind, stored = c or _CSchema(), f.type, f.type.index or f.type
+def _export_field(f: Field):
+    kind, stored = f.type, f.type.index or f.type
     code = _TYPES[stored.name][0] + (str(kind.size) if "size" in _TYPES[stored.name][2] else "")
     code += dict(zip(_UNITS, "smun"))[kind.unit] + ":" * (kind.name == "timestamp") + kind.tz if kind.unit else ""
     pairs = [struct.pack("<i", len(x)) + x for pair in f.metadata.items() for x in pair]
     texts = [code.encode(), f.name.encode(), struct.pack("<i", len(f.metadata)) + b"".join(pairs)]
     texts = [ctypes.create_string_buffer(text) for text in texts]
-    c.format, c.name, c.metadata = map(ctypes.addressof, texts)
-    c.metadata, c.flags = c.metadata if pairs else 0, kind.ordered | f.nullable << 1
+    *places, metadata = map(ctypes.addressof, texts)
+    c = _CSchema(*places, metadata if pairs else 0, kind.ordered | f.nullable << 1)
     parts = [_export_field(part) for part in kind.fields]
-    children = [] if kind.name == "dictionary" else parts
-    _lend(c, parts, texts, _point_at(c, children, parts[len(children) :]))
-    return c
+    return _lend(c, texts, dictionary=parts) if kind.name == "dictionary" else _lend(c, texts, children=parts)
 
 def _export_array(a: Array):
     buffers, children = _dismantle(a)
     buffers = [None if b is None else np.ascontiguousarray(b) for b in buffers]
     pointers = (ctypes.c_int64 * len(buffers))(*(0 if b is None else b.ctypes.data for b in buffers))
     c = _CArray(len(a), a.null_count, 0, len(buffers), buffers=ctypes.addressof(pointers))
-    children = [_export_array(child) for child in children]
     dictionary = [_export_array(a.values)] if a.type.name == "dictionary" else []
-    _lend(c, children + dictionary, pointers, buffers, _point_at(c, children, dictionary))
-    return c
-
-def _point_at(c, children: list, dictionary: list):
-    pointers = (ctypes.c_int64 * len(children))(*map(ctypes.addressof, children))
-    c.n_children, c.children = len(children), ctypes.addressof(pointers)
-    c.dictionary = ctypes.addressof(dictionary[0]) if dictionary else 0
-    return pointers
+    return _lend(c, pointers, buffers, children=[_export_array(child) for child in children], dictionary=dictionary)
 
 def _export(schema: Field, arrays):
     """A capsule with a C stream of arrays, which are made when they are asked for. The capsule has no destructor,
     which could not be Python either."""
-    def answer(fill, size: int):
+    def answer(make):
         def function(_, out: int) -> int:
             try:
-                ctypes.memset(out, 0, size)                                 # a stream ends with a released array
-                fill(out)
+                c = make()
+                ctypes.memmove(out, ctypes.byref(c), ctypes.sizeof(c))
                 return 0
             except Exception as error:
-                state["error"] = ctypes.create_string_buffer(str(error).encode())
+                message[0] = ctypes.create_string_buffer(str(error).encode())
                 return 5                                                    # EIO
         return _OnTwoPointers(function)
 
-    def next_array(out: int) -> None:
-        for a in itertools.islice(state["arrays"], 1):
-            ctypes.memmove(out, ctypes.byref(_export_array(a)), ctypes.sizeof(_CArray))
-
     _sweep()
-    state = {"arrays": iter(arrays), "error": None}
-    functions = (answer(lambda out: _export_field(schema, _CSchema.from_address(out)), ctypes.sizeof(_CSchema)),
-                 answer(next_array, ctypes.sizeof(_CArray)), ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(
-                     lambda _: ctypes.addressof(state["error"]) if state["error"] else 0))
-    stream = _CStream(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions))
-    _lend(stream, [], functions)
+    message = [ctypes.create_string_buffer(b"")]
+    exported = (_export_array(a) for a in arrays)
+    functions = (answer(lambda: _export_field(schema)),
+                 answer(lambda: next(exported, _CArray())),                 # a stream ends with a released array
+                 ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(lambda _: ctypes.addressof(message[0])))
+    stream = _lend(_CStream(*(ctypes.cast(function, ctypes.c_void_p).value for function in functions)), functions)
     capsule = _new_capsule(ctypes.addressof(stream), b"arrow_array_stream", None)
     _capsules[ctypes.addressof(stream)] = capsule, stream
     return capsule
