@@ -83,7 +83,9 @@ class Type:
 
     layout = property(lambda self: _TYPES[self.name][4])
     family = property(lambda self: self.name.removeprefix("large_"))
-    item = property(lambda self: self.fields[0].type if self.fields else Type("uint8"))
+    parts = property(lambda self: [f.type for f in self.fields] or [Type("uint8")] * (self.layout == "bytes"))
+    item = property(lambda self: self.parts[0])
+    stride = property(lambda self: {"struct": 1, "fixed_list": self.size}.get(self.layout, 0))     # child rows a row
 
     @cached_property
     def dtype(self) -> np.dtype | None:
@@ -279,7 +281,7 @@ class Array:
 
     def pick(self, rows: slice | np.ndarray) -> Array:
         """Some of the rows. A slice(start, stop) shares every buffer; row numbers gather a dense copy."""
-        sliced, data, children, n = isinstance(rows, slice), self.data, self.children, self.type.size
+        sliced, data, children, n = isinstance(rows, slice), self.data, self.children, self.type.stride
         match self.type.layout:
             case "fixed" | "dictionary":
                 data = data[rows]
@@ -288,11 +290,9 @@ class Array:
             case "bytes" | "list":
                 starts, lengths = self.spans(rows)
                 data, children = _offsets_of(lengths, self.type), [children[0].gather(starts, lengths)]
-            case "fixed_list":
+            case "struct" | "fixed_list":
                 items = slice(rows.start * n, rows.stop * n) if sliced else (rows[:, None] * n + np.arange(n)).ravel()
-                children = [children[0].pick(items)]
-            case "struct":
-                children = [child.pick(rows) for child in children]
+                children = [child.pick(items) for child in children]
         length = rows.stop - rows.start if sliced else len(rows)
         return Array(self.type, length, data, children, None if self.valid is None else self.valid[rows])
 
@@ -358,14 +358,13 @@ class Array:
         if layout == "struct":
             return {f.name: child.at(i) for f, child in zip(self.type.fields, self.children)}
         child = (self.children or (None,))[0]
-        if layout in ("bytes", "list") and child.type.plain and isinstance(child.data, np.ndarray):
+        if layout in ("bytes", "list") and child.type.plain and child.valid is None and child.type.name != "bool":
             start, stop = self.data.item(i), self.data.item(i + 1)
             self._check(0 <= start <= stop <= len(child))
-            if layout == "bytes":
-                data = child.data[start:stop].tobytes()
-                return str(data, "utf8") if self.type.family == "utf8" else data
-            if child.valid is None:
-                return child.data[start:stop].tolist()
+            items = child.data[start:stop]
+            if layout == "list":
+                return items.tolist()
+            return str(items, "utf8") if self.type.family == "utf8" else items.tobytes()
         return self.pick(slice(i, i + 1)).to_pylist()[0]
 
     def to_pylist(self) -> list:
@@ -652,11 +651,9 @@ def _naming(where: str):
 
 def _nulls(kind: Type, n: int) -> Array:
     """n nulls of a type; with n = 0 its empty array."""
-    sizes = {"fixed_list": n * kind.size, "struct": n}
     data = None if kind.dtype is None else np.zeros(n + (kind.layout in ("bytes", "list")), kind.dtype)
-    items = [f.type for f in kind.fields] or [kind.item] * (kind.layout == "bytes")
     valid = np.zeros(n, bool) if n and kind.name != "null" else None
-    return Array(kind, n, data, [_nulls(item, sizes.get(kind.layout, 0)) for item in items], valid)
+    return Array(kind, n, data, [_nulls(part, n * kind.stride) for part in kind.parts], valid)
 
 def _cast(a: Array, to: Type) -> Array:
     """The same values as another type; a ValueError where one would change."""
@@ -741,7 +738,7 @@ def _concat(kind: Type, arrays: list[Array]) -> Array:
             data = _offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in parts]), kind)
             children = [_concat(kind.item, [child for _, child in parts])]
         case "struct" | "fixed_list":
-            children = [_concat(f.type, [a.children[k] for a in arrays]) for k, f in enumerate(kind.fields)]
+            children = [_concat(part, [a.children[k] for a in arrays]) for k, part in enumerate(kind.parts)]
     valid = np.concatenate([a.present() for a in arrays]) if any(a.valid is not None for a in arrays) else None
     return Array(kind, sum(map(len, arrays)), data, children, valid)
 
@@ -1283,7 +1280,7 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
         data = buffer(n * size).view(kind.dtype)
         children = [dictionary(kind)] if layout == "dictionary" else ()
     elif layout in ("struct", "fixed_list"):
-        rows, children = n * kind.size if layout == "fixed_list" else n, [child(f.type) for f in kind.fields]
+        rows, children = n * kind.stride, [child(part) for part in kind.parts]
         if any(len(c) < rows for c in children):
             raise ValueError(f"a {kind} column has too few items")
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
