@@ -1828,41 +1828,42 @@ def demo(documents: int) -> None:
 def _bench(folder: str, table: Table, stream: str) -> None:
     """The best of nine runs, in turns; the ratio says how many times as long the others take."""
     n, ours, theirs = len(table), f"{folder}/ours.", f"{folder}/theirs."
-    order, steps = np.random.default_rng(1).permutation(n), {}                  # step -> {library: what it does there}
-    def step(label: str, **runs) -> None: steps.setdefault(label, {}).update(runs)
-
+    numbers = Table.from_pydict({"x": np.arange(500 * n), "y": np.arange(500 * n) / 7})
+    lists, order = table.select_columns("tokens"), np.random.default_rng(1).permutation(n)
     shuffled = read(stream).select(order)
-    parts = {"numbers": Table.from_pydict({"x": np.arange(500 * n), "y": np.arange(500 * n) / 7}),
-             "list<int32>": table.select_columns(["tokens"])}
-    for name, part in parts.items():
-        step(f"write {name}", arrowlite=functools.partial(write, part, ours + name))
-        step(f"read {name}", arrowlite=lambda name=name: _total(read(ours + name)))
-    step("open a file", arrowlite=lambda: read(ours + "numbers"))
-    step("1 shuffled row", arrowlite=lambda: shuffled[n // 2])
-    step("1000 shuffled rows as lists", arrowlite=lambda: shuffled["tokens"][:1000].to_pylist())
-    step("1000 shuffled rows as arrays", arrowlite=lambda: shuffled["tokens"][:1000].to_numpy())
+    steps = {                                               # step -> {library: what it does there}
+        "write numbers": {"arrowlite": lambda: write(numbers, ours + "numbers")},
+        "read numbers": {"arrowlite": lambda: read(ours + "numbers")["x"].to_numpy().sum()},
+        "write list<int32>": {"arrowlite": lambda: write(lists, ours + "lists")},
+        "read list<int32>": {"arrowlite": lambda: read(ours + "lists")["tokens"].values.to_numpy().sum()},
+        "open a file": {"arrowlite": lambda: read(ours + "numbers")},
+        "1 shuffled row": {"arrowlite": lambda: shuffled[n // 2]},
+        "1000 shuffled rows as lists": {"arrowlite": lambda: shuffled["tokens"][:1000].to_pylist()},
+        "1000 shuffled rows as arrays": {"arrowlite": lambda: shuffled["tokens"][:1000].to_numpy()}}
     with contextlib.suppress(ImportError):
         import pyarrow as pa
         from pyarrow import feather
 
-        def pa_read(path: str): return pa.ipc.open_file(pa.memory_map(path)).read_all()
-        def pa_write(part, path: str, durable: bool) -> None:
-            feather.write_feather(part, path, compression="uncompressed", chunksize=len(part))
-            with open(path, "rb") as file:
+        def pa_read(name: str): return pa.ipc.open_file(pa.memory_map(theirs + name)).read_all()
+        def pa_write(part, name: str, durable: bool = False) -> None:
+            feather.write_feather(part, theirs + name, compression="uncompressed", chunksize=len(part))
+            with open(theirs + name, "rb") as file:
                 os.fsync(file.fileno()) if durable else None
-        for name, part in parts.items():
-            write_it = functools.partial(pa_write, pa.table(part), theirs + name)
-            step(f"write {name}", pyarrow_fsync=functools.partial(write_it, durable=True),
-                 pyarrow=functools.partial(write_it, durable=False))
-            step(f"read {name}", pyarrow=lambda name=name: _total(pa_read(theirs + name)))
-        step("open a file", pyarrow=lambda: pa_read(theirs + "numbers"))
+        pa_numbers, pa_lists = pa.table(numbers), pa.table(lists)
+        steps["write numbers"]["pyarrow_fsync"] = lambda: pa_write(pa_numbers, "numbers", durable=True)
+        steps["write numbers"]["pyarrow"] = lambda: pa_write(pa_numbers, "numbers")
+        steps["write list<int32>"]["pyarrow_fsync"] = lambda: pa_write(pa_lists, "lists", durable=True)
+        steps["write list<int32>"]["pyarrow"] = lambda: pa_write(pa_lists, "lists")
+        steps["read numbers"]["pyarrow"] = lambda: pa_read("numbers")["x"].to_numpy().sum()
+        steps["read list<int32>"]["pyarrow"] = lambda: pa_read("lists")["tokens"].chunk(0).values.to_numpy().sum()
+        steps["open a file"]["pyarrow"] = lambda: pa_read("numbers")
     with contextlib.suppress(ImportError):
         import datasets
         rows = datasets.Dataset.from_file(stream).select(order.tolist())
         tokens, arrays = rows.select_columns("tokens"), rows.select_columns("tokens").with_format("numpy")
-        step("1 shuffled row", datasets=lambda: rows[n // 2])
-        step("1000 shuffled rows as lists", datasets=lambda: tokens[:1000])
-        step("1000 shuffled rows as arrays", datasets=lambda: arrays[:1000])
+        steps["1 shuffled row"]["datasets"] = lambda: rows[n // 2]
+        steps["1000 shuffled rows as lists"]["datasets"] = lambda: tokens[:1000]
+        steps["1000 shuffled rows as arrays"]["datasets"] = lambda: arrays[:1000]
     for label, runs in steps.items():
         times, repeat = {name: [] for name in runs}, 50 if label in ("open a file", "1 shuffled row") else 1
         for name, run in list(runs.items()) * 9:
@@ -1870,11 +1871,6 @@ def _bench(folder: str, table: Table, stream: str) -> None:
         best = {name: min(values) for name, values in times.items()}
         times = (f"{name} {ms:.3f} ms ({ms / best['arrowlite']:.1f}x)" for name, ms in best.items())
         print(f"{label:28}", *times, sep="   ")
-
-def _total(table) -> int:
-    """The sum of the first column, so that every byte of it is read."""
-    column = Table.combine(table).children[0] if isinstance(table, Table) else table.column(0).combine_chunks()
-    return int((column.values if "list" in str(column.type) else column).to_numpy().sum())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Look into Arrow files and convert them; without a command, the demo.")
