@@ -81,6 +81,14 @@ class Type:
     id: int = 0                         # dictionary: its number in the file from which it was read
     view: bool = False                  # large_utf8, large_binary: to be made from views
 
+    def __post_init__(self):
+        layout, numbers = self.layout, _TYPES[self.name][2]
+        if (layout != "struct" and len(self.fields) != (layout in ("list", "fixed_list", "dictionary"))
+                or "unit" in numbers and self.unit not in _UNITS or self.size < (self.name == "fixed_size_binary")
+                or layout == "dictionary" and not re.match("u?int", self.index.name if self.index else "")):
+            raise ValueError(f"{self.name} is not complete; write for example list<int32>, struct<a: int64, b: utf8>, "
+                             "fixed_size_list<float32>[4], dictionary<int32, utf8>, timestamp[us, UTC]")
+
     layout = property(lambda self: _TYPES[self.name][4])
     family = property(lambda self: self.name.removeprefix("large_"))
     parts = property(lambda self: [f.type for f in self.fields] or [Type("uint8")] * (self.layout == "bytes"))
@@ -178,13 +186,9 @@ def _parse_type(text: str) -> Type:
              (re.fullmatch(r"(?:([^<>\[\]]*?): )?(.*)", part, re.S).groups() for part in _split(parts[2] or ""))]
     index = inner.pop(0).type if layout == "dictionary" and inner else None
     first, tz = [*(part.removeprefix("tz=") for part in _split(parts[3] or "")), "", ""][:2]
-    if (layout != "struct" and len(inner) != (layout in ("list", "fixed_list", "dictionary"))
-            or "unit" in numbers and first not in _UNITS or "size" in numbers and not first.isdigit()
-            or name == "fixed_size_binary" and first == "0" or index and index.dtype.kind not in "iu"):
-        raise ValueError(f"{text!r} is not a complete type; write for example list<int32>, struct<a: int64, b: utf8>, "
-                         "fixed_size_list<float32>[4], dictionary<int32, utf8>, timestamp[us, UTC]")
+    size = 0 if "size" not in numbers else int(first) if first.isdigit() else -1
     unit, tz = (first, tz) if "unit" in numbers else ("", "")
-    return Type(name, tuple(inner), int(first) if "size" in numbers else 0, unit, tz, index)
+    return Type(name, tuple(inner), size, unit, tz, index)
 
 def _split(text: str) -> list[str]:
     """Split at the commas outside of brackets."""
@@ -300,7 +304,7 @@ class Array:
         """Where rows of a list or bytes array start in the child, and their lengths."""
         starts, stops = self.data[rows].astype(np.int64), self.data[rows + 1].astype(np.int64)
         size = len(self.children[0])
-        self._check(len(rows) == 0 or starts.min() >= 0 and stops.max() <= size and (starts <= stops).all())
+        _check(self.type, len(rows) == 0 or starts.min() >= 0 and stops.max() <= size and (starts <= stops).all())
         return starts, stops - starts
 
     def used(self) -> tuple[np.ndarray, Array]:
@@ -308,19 +312,15 @@ class Array:
         if self.type.layout == "fixed_list":
             return np.arange(self.length + 1) * self.type.size, self.children[0]
         start, stop = int(self.data[0]), int(self.data[-1])
-        self._check(0 <= start <= stop <= len(self.children[0]) and not (self.data[1:] < self.data[:-1]).any())
+        inside = 0 <= start <= stop <= len(self.children[0])
+        _check(self.type, inside and not (self.data[1:] < self.data[:-1]).any())
         return self.data - start if start else self.data, self.children[0].pick(slice(start, stop))
 
     def codes(self) -> np.ndarray:
         """A dictionary's indices; those of null rows may be anything, and become 0."""
         codes = self.data if self.valid is None else np.where(self.valid, self.data, self.data.dtype.type(0))
-        self._check(self.null_count == self.length or 0 <= codes.min() and codes.max() < len(self.children[0]))
+        _check(self.type, self.null_count == self.length or codes.min() >= 0 and codes.max() < len(self.children[0]))
         return codes.astype(np.int64)
-
-    def _check(self, fine: bool) -> None:
-        """A file may hold anything: a bad offset or index would lead to foreign bytes."""
-        if not fine:
-            raise ValueError(f"a column of {self.type} points outside of its data; the file is damaged")
 
     def gather(self, starts: np.ndarray, lengths: np.ndarray) -> Array:
         """Rows start : start + length of every span, joined. Long spans are copied span by span, because an index
@@ -360,7 +360,7 @@ class Array:
         child = (self.children or (None,))[0]
         if layout in ("bytes", "list") and child.type.plain and child.valid is None and child.type.name != "bool":
             start, stop = self.data.item(i), self.data.item(i + 1)
-            self._check(0 <= start <= stop <= len(child))
+            _check(self.type, 0 <= start <= stop <= len(child))
             items = child.data[start:stop]
             if layout == "list":
                 return items.tolist()
@@ -405,11 +405,11 @@ class Array:
         layout, child, nulls = self.type.layout, (self.children or (None,))[0], self.null_count
         if layout == "fixed":
             values = self.data.astype("M8[D]") if self.type.name == "date32" else np.asarray(self.data)
-            if nulls and values.dtype.kind in "iufmM":
+            if not nulls:
+                return values
+            if values.dtype.kind in "iufmM":
                 values = values.astype("f8") if values.dtype.kind in "iu" else values.copy()
                 values[~self.present()] = np.nan if values.dtype.kind == "f" else "NaT"
-                return values
-            if not nulls:
                 return values
         if layout == "dictionary" and not nulls and self.length:
             return child.to_numpy()[self.codes()]
@@ -421,10 +421,7 @@ class Array:
             rows = rows if not nulls else [row if ok else None for row, ok in zip(rows, self.present().tolist())]
         else:
             rows = self.to_pylist()
-        out = np.empty(self.length, object)
-        for i, row in enumerate(rows):      # not out[:] = rows: numpy would spread equally long rows over a new axis
-            out[i] = row
-        return out
+        return np.fromiter(rows, object, self.length)
 
     def to_torch(self):
         """A tensor over the same memory, or a list of tensors for a list column. The pages of a mapped file are
@@ -457,6 +454,11 @@ class Array:
         if self.type.layout not in layouts:
             raise ValueError(f"{self.type} has no such part; that is for {' and '.join(layouts)}")
         return self
+
+def _check(kind: Type, fine: bool) -> None:
+    """A file may hold anything: a bad offset or index would lead to foreign bytes."""
+    if not fine:
+        raise ValueError(f"a column of {kind} points outside of its data; the file is damaged")
 
 def _row(i: int, n: int) -> int:
     if not -n <= (i := operator.index(i)) < n:
@@ -642,12 +644,12 @@ def unify(a: Type, b: Type) -> Type:
     raise ValueError(f"{a} and {b} have no common type; make them alike first")
 
 @contextlib.contextmanager
-def _naming(where: str):
-    """Say in a ValueError where it arose."""
+def _naming(where: str, damage: tuple = ()):
+    """Say in a ValueError where it arose. Errors that only damage can cause become one, too."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{where}{error}") from None
+    except (ValueError, *damage) as error:
+        raise ValueError(f"{where}{'its metadata is damaged' if isinstance(error, damage) else error}") from None
 
 def _nulls(kind: Type, n: int) -> Array:
     """n nulls of a type; with n = 0 its empty array."""
@@ -1003,12 +1005,12 @@ class Table(Column):
         with contextlib.ExitStack() as stack:
             results = map(job, starts)
             if workers:
-                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _set_job, (job,))
+                # each worker inherits the job: it is never pickled
+                pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), setattr, (_work, "job", job))
                 stack.callback(pool.shutdown, cancel_futures=True)
                 results = pool.map(_work, starts)
             return _gathered(_progress(results, len(starts)), self.drop(list(remove_columns)).schema)
 
-def _set_job(job) -> None: _work.job = job      # runs once in each worker, which inherits the job: it is never pickled
 def _work(start: int) -> Table:
     try:
         return _work.job(start)
@@ -1232,27 +1234,24 @@ def _read_field(node: _Flat, ids: dict, budget, depth: int = 0) -> Field:
     if depth > 64 or next(budget) < 0:
         raise ValueError("the schema is nested without end")
     children = tuple(_read_field(child, ids, budget, depth + 1) for child in node.tables(5))
-    kind = _read_type(node.number(2, "B"), node.table(3), children, name)
-    if encoding:
-        index = _read_type(2, encoding.table(1), (), name) if encoding.table(1) else Type("int32")
-        ids[id_ := encoding.number(0, "q")] = kind
-        kind = Type("dictionary", (Field("values", kind),), index=index, ordered=bool(encoding.number(2, "B")), id=id_)
+    with _naming(f"column {name!r}: "):
+        kind = _read_type(node.number(2, "B"), node.table(3), children)
+        if encoding:
+            index = _read_type(2, encoding.table(1), ()) if encoding.table(1) else Type("int32")
+            ids[id_ := encoding.number(0, "q")] = kind
+            ordered = bool(encoding.number(2, "B"))
+            kind = Type("dictionary", (Field("values", kind),), index=index, ordered=ordered, id=id_)
     return Field(name, kind, bool(node.number(1, "B")), _pairs(node, 6))
 
-def _read_type(member: int, node: _Flat, children: tuple, column: str) -> Type:
+def _read_type(member: int, node: _Flat, children: tuple) -> Type:
     numbers = [node.number(i, code, *_DEFAULTS.get(member, ())) for i, code in enumerate(_FORMATS.get(member, ""))]
     name = _VIEWS.get(member) or _NAMES.get((member, *numbers)) or _NAMES.get((member,))
     if name is None:
-        raise _unsupported(column, _UNSUPPORTED.get(member, member))
+        raise ValueError(f"the Arrow type {_UNSUPPORTED.get(member, member)} is not supported; cast it before writing")
     known = dict(zip(_TYPES[name][2], numbers))
-    size, unit, is_list = known.get("size", 0), known.get("unit"), _TYPES[name][4] in ("list", "fixed_list")
-    if size < (name == "fixed_size_binary") or is_list and len(children) != 1 or unit not in (None, 0, 1, 2, 3):
-        raise ValueError(f"column {column!r} has an impossible type, {name}")
+    unit = dict(enumerate(_UNITS)).get(known.get("unit"), "")
     tz = node.text(1).decode() if name == "timestamp" else ""
-    return Type(name, children, size, "" if unit is None else _UNITS[unit], tz, view=member in _VIEWS)
-
-def _unsupported(column: str, kind) -> ValueError:
-    return ValueError(f"column {column!r} has the Arrow type {kind}, which is not supported; cast it before writing")
+    return Type(name, children, known.get("size", 0), unit, tz, view=member in _VIEWS)
 
 # --- buffers to arrays and back: shared by files and the C interface -------------------------------------------------
 
@@ -1273,16 +1272,14 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
     elif layout in ("bytes", "list"):
         data = buffer((n + 1) * size if n else 0)
         data = data.view(kind.dtype) if n else np.zeros(1, kind.dtype)                  # no rows may mean no offset
-        if layout == "bytes" and data[-1] < 0:
-            raise ValueError(f"the offsets of a {kind} column are negative")
+        _check(kind, data[-1] >= 0)
         children = [child(kind.item) if layout == "list" else Array(kind.item, int(data[-1]), buffer(int(data[-1])))]
     elif size:
         data = buffer(n * size).view(kind.dtype)
         children = [dictionary(kind)] if layout == "dictionary" else ()
     elif layout in ("struct", "fixed_list"):
         rows, children = n * kind.stride, [child(part) for part in kind.parts]
-        if any(len(c) < rows for c in children):
-            raise ValueError(f"a {kind} column has too few items")
+        _check(kind, all(len(c) >= rows for c in children))
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
     return Array(kind, n, data, children, valid)
 
@@ -1292,9 +1289,8 @@ def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid)
     lengths = np.where(True if valid is None else np.asarray(valid), views[:, 0], 0).astype(np.int64)
     far = lengths > 12
     buffer, position = (np.where(far, views[:, k], 0).astype(np.int64) for k in (2, 3))
-    if (lengths < 0).any() or (buffer < 0).any() or (buffer >= len(sizes)).any() or (position < 0).any() or (
-            far & (position + lengths > sizes[np.clip(buffer, 0, len(sizes) - 1)])).any():
-        raise ValueError(f"a {kind} column points outside of its data; the file is damaged")
+    _check(kind, ((lengths >= 0) & (buffer >= 0) & (buffer < len(sizes)) & (position >= 0)).all())
+    _check(kind, (~far | (position + lengths <= sizes[buffer])).all())
     joined = np.concatenate([views.reshape(-1).view(np.uint8), *buffers])              # short ones stand in the views
     bases = 4 * views.size + np.cumsum(sizes) - sizes
     starts = np.where(far, bases[buffer] + position, np.arange(len(views)) * 16 + 4)
@@ -1442,7 +1438,9 @@ def write(table: Table, path, stream: bool = False) -> None:
 
 def read(path) -> Table:
     """Map a file of either framing. Only its metadata is read; batches are decoded, not copied, when touched."""
-    with contextlib.nullcontext(path) if hasattr(path, "fileno") else open(path, "rb") as file, _damage_is_named(path):
+    named = functools.partial(_naming, f"{path} is not an Arrow file that can be read: ", (
+        struct.error, KeyError, IndexError, AttributeError, StopIteration, OverflowError))
+    with contextlib.nullcontext(path) if hasattr(path, "fileno") else open(path, "rb") as file, named():
         fd, size = file.fileno(), os.fstat(file.fileno()).st_size
         head, tail, footer, dictionaries = os.pread(fd, 6, 0), os.pread(fd, 10, max(0, size - 10)), None, {}
         if head == b"ARROW1":
@@ -1476,45 +1474,31 @@ def read(path) -> Table:
             raise ValueError("it has no schema")
 
     def decode(k: int) -> Array:
-        with _damage_is_named(path):
+        with named():
             return _decode(schema.type, *batches[k])
     return Table(schema, Lazy(len(batches), decode), lengths)
-
-@contextlib.contextmanager
-def _damage_is_named(path):
-    try:
-        yield
-    except (ValueError, struct.error, KeyError, IndexError, AttributeError, StopIteration, OverflowError) as error:
-        why = error if isinstance(error, ValueError) else "its metadata is damaged"
-        raise ValueError(f"{path} is not an Arrow file that can be read: {why}") from error
 
 def _messages(fd: int, size: int, footer: _Flat | None):
     """(what it holds, its header, start of the body, length of the body) of every message: one after the other in a
     stream, those of the footer's lists in a file (where polars has no message for the schema). Metadata is read, not
     mapped: a page touched through a map counts, with its neighbours, as memory of this process."""
-    at = 0
-    for at, *_ in footer.longs(2, 3) + footer.longs(3, 3) if footer else ():
-        if not (message := _message(fd, at, size)):
-            raise ValueError("its footer is damaged")
-        yield message
-    while not footer and (message := _message(fd, at, size)):
-        yield message
-        at = message[2] + message[3]
-
-def _message(fd: int, at: int, end: int) -> tuple | None:
-    head = os.pread(fd, 1024, at) if 0 <= at <= end - 4 else b""
-    mark, size = struct.unpack_from("<ii", head.ljust(8, b"\xff"))
-    start, size = (at + 8, size) if mark == -1 else (at + 4, mark)                      # before 2019 there was no mark
-    if size == 0:
-        return None
-    if 0 < size <= end - start:
-        message = _Flat(head[start - at :] if start - at + size <= len(head) else os.pread(fd, size, start))
-        length = message.number(3, "q")
+    places = [at for at, *_ in footer.longs(2, 3) + footer.longs(3, 3)] if footer else [0]
+    for at in places:                                       # a stream's next place is appended below
+        head = os.pread(fd, 8, at) if 0 <= at <= size - 4 else b""
+        mark, length = struct.unpack("<ii", head.ljust(8, b"\xff"))
+        start, length = (at + 8, length) if mark == -1 else (at + 4, mark)              # before 2019 there was no mark
+        if length == 0 and not footer:
+            return
+        if not 0 < length <= size - start:
+            raise ValueError("it was cut off, or a length in it is damaged")
+        message, start = _Flat(os.pread(fd, length, start)), start + length
         if message.number(0, "h") < 3:
             raise ValueError("it is of an Arrow version before 0.8; rewrite it with pyarrow")
-        if 0 <= length <= end - start - size:
-            return message.number(1, "B"), message.table(2), start + size, length
-    raise ValueError("it was cut off, or a length in it is damaged")
+        if not 0 <= (length := message.number(3, "q")) <= size - start:
+            raise ValueError("it was cut off, or a length in it is damaged")
+        yield message.number(1, "B"), message.table(2), start, length
+        if not footer:
+            places.append(start + length)
 
 def _decode(kind: Type, header: _Flat, body: np.ndarray, dictionaries: dict[int, Array]) -> Array:
     """A record batch as a struct array of views of its body."""
@@ -1739,7 +1723,8 @@ def _import_field(c) -> Field:
     code, name = (ctypes.string_at(at).decode() if at else "" for at in (c.format, c.name))
     letters = code if code in _LETTERS else re.match(r"ts|tD|\+?w:|", code)[0]
     if not letters:
-        raise _unsupported(name, next((k for known, k in _UNSUPPORTED.items() if code.startswith(str(known))), code))
+        known = next((kind for start, kind in _UNSUPPORTED.items() if code.startswith(str(start))), code)
+        raise ValueError(f"column {name!r}: the Arrow type {known} is not supported; cast it before writing")
     unit = dict(zip("smun", _UNITS))[code[2]] if letters in ("ts", "tD") else ""
     fields = tuple(_import_field(_CSchema.from_address(child)) for child in _numbers_at(c.children, c.n_children))
     size = int(code[len(letters) :]) if letters.endswith("w:") else 0
