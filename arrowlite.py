@@ -577,15 +577,13 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
             raise ValueError(f"the times {values[0]} and others do not fit in one unit")
         times = _from_numpy(dense)
         return replace(times.type, tz=zones.pop() if len(zones) == 1 else "UTC"), times.data
-    if family == "int" and not any(isinstance(v, np.integer) for v in values):
+    dense = np.array(values)
+    if family == "int" and dense.dtype.kind not in "iu":    # numpy's answer to 2**63 beside 1, and to what is larger
+        values = [int(v) for v in values]
         low, high = min(values), max(values)
         if low < -(2**63) or high >= (2**64 if low >= 0 else 2**63):
             raise ValueError(f"the integers from {low} to {high} do not fit in 64 bits; store them as text")
-        kind = Type("int64" if high < 2**63 else "uint64")
-        return kind, np.array(values, kind.dtype)
-    dense = np.array(values)
-    if family == "int" and dense.dtype.kind == "f":         # numpy's answer to a uint64 beside an int64
-        return _scalars(family, [int(v) for v in values])
+        dense = np.array(values, "u8" if high >= 2**63 else "i8")
     if dense.dtype.kind == "f" and any(isinstance(v, (int, np.integer)) and abs(int(v)) > 2**53 for v in values):
         raise ValueError("a column of floats has an integer beyond 2**53, which no float holds exactly")
     return _type_of_dtype(dense.dtype), dense
@@ -661,8 +659,10 @@ def _cast(a: Array, to: Type) -> Array:
     """The same values as another type; a ValueError where one would change."""
     source, data, children, present, child = a.type, None, (), a.present(), (a.children or (None,))[0]
     layouts = (source.layout, to.layout)
-    if source == to or source.name == "null":
-        return a if source == to else _nulls(to, len(a))
+    if source == to:
+        return a
+    if source.name == "null":
+        return _nulls(to, len(a))
     if source.name == to.name == "dictionary" and source.item == to.item:
         return Array(to, len(a), _exact(a.codes(), Type("int64"), to.index, present), a.children, a.valid)
     if source.name == "dictionary":
@@ -681,15 +681,16 @@ def _cast(a: Array, to: Type) -> Array:
             layouts == ("fixed_list", "list")):
         offsets, items = a.used()
         data, children = _offsets_of(np.diff(offsets), to), [_cast(items, to.item)]
-    elif to.size and (layouts == ("list", "fixed_list") or source.name == "binary" and layouts[1] == "fixed"):
-        starts, lengths = a.spans(np.arange(len(a)))
-        if (lengths[present] != to.size).any():
-            raise ValueError(f"a row of {lengths[present][lengths[present] != to.size][0]} is no {to}")
-        rows = np.where(present, starts, 0)[:, None] + np.arange(to.size)               # a null row takes any items
-        items = child.pick(np.minimum(rows, len(child) - 1).ravel()) if len(child) else _nulls(child.type, rows.size)
-        data, children = (items.data.view(to.dtype), ()) if layouts[1] == "fixed" else (None, [_cast(items, to.item)])
     elif layouts == ("fixed_list", "fixed_list") and source.size == to.size:
         children = [_cast(child, to.item)]
+    elif to.size and (layouts == ("list", "fixed_list") or source.name == "binary" and layouts[1] == "fixed"):
+        offsets, items = a.used()
+        lengths = np.diff(offsets)[present]
+        if (lengths != to.size).any():
+            raise ValueError(f"a row of {lengths[lengths != to.size][0]} is no {to}")
+        rows = np.where(present, offsets[:-1], 0)[:, None] + np.arange(to.size)         # a null row takes any items
+        items = items.pick(np.minimum(rows, len(items) - 1).ravel()) if len(items) else _nulls(items.type, rows.size)
+        data, children = (items.data.view(to.dtype), ()) if layouts[1] == "fixed" else (None, [_cast(items, to.item)])
     elif layouts == ("struct", "struct"):
         mine = dict(zip((f.name for f in source.fields), a.children))
         if extra := [name for name in mine if name not in (f.name for f in to.fields)]:
@@ -1484,14 +1485,15 @@ def _messages(fd: int, size: int, footer: _Flat | None):
     mapped: a page touched through a map counts, with its neighbours, as memory of this process."""
     places = [at for at, *_ in footer.longs(2, 3) + footer.longs(3, 3)] if footer else [0]
     for at in places:                                       # a stream's next place is appended below
-        head = os.pread(fd, 8, at) if 0 <= at <= size - 4 else b""
-        mark, length = struct.unpack("<ii", head.ljust(8, b"\xff"))
+        head = os.pread(fd, 1024, at) if 0 <= at <= size - 4 else b""                   # most messages in one call
+        mark, length = struct.unpack_from("<ii", head.ljust(8, b"\xff"))
         start, length = (at + 8, length) if mark == -1 else (at + 4, mark)              # before 2019 there was no mark
         if length == 0 and not footer:
             return
         if not 0 < length <= size - start:
             raise ValueError("it was cut off, or a length in it is damaged")
-        message, start = _Flat(os.pread(fd, length, start)), start + length
+        message = _Flat(head[start - at :] if start + length <= at + len(head) else os.pread(fd, length, start))
+        start += length
         if message.number(0, "h") < 3:
             raise ValueError("it is of an Arrow version before 0.8; rewrite it with pyarrow")
         if not 0 <= (length := message.number(3, "q")) <= size - start:
