@@ -657,49 +657,48 @@ def _nulls(kind: Type, n: int) -> Array:
 
 def _cast(a: Array, to: Type) -> Array:
     """The same values as another type; a ValueError where one would change."""
-    source, data, children, present, child = a.type, None, (), a.present(), (a.children or (None,))[0]
-    layouts = (source.layout, to.layout)
-    if source == to:
-        return a
-    if source.name == "null":
-        return _nulls(to, len(a))
-    if source.name == to.name == "dictionary" and source.item == to.item:
-        return Array(to, len(a), _exact(a.codes(), Type("int64"), to.index, present), a.children, a.valid)
-    if source.name == "dictionary":
-        plain = child.pick(a.codes()) if len(child) else _nulls(source.item, len(a))
-        return _cast(Array(plain.type, len(a), plain.data, plain.children, present & plain.present()), to)
-    if to.name == "dictionary":
-        items, code_of = _cast(a, to.item), {}
-        codes = [code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())]
-        firsts = np.unique(np.array(codes, np.int64), return_index=True)[1]
-        if len(firsts) > np.iinfo(to.dtype).max:
-            raise ValueError(f"{len(firsts):,} distinct values are too many for {to}; use a wider index")
-        data, children = np.array(codes, to.dtype), [items.pick(firsts)]
-    elif layouts == ("fixed", "fixed"):
-        data = _exact(np.asarray(a.data), source, to, present)
-    elif layouts == ("list", "list") or layouts == ("bytes", "bytes") and source.family == to.family or (
-            layouts == ("fixed_list", "list")):
-        offsets, items = a.used()
-        data, children = _offsets_of(np.diff(offsets), to), [_cast(items, to.item)]
-    elif layouts == ("fixed_list", "fixed_list") and source.size == to.size:
-        children = [_cast(child, to.item)]
-    elif to.size and (layouts == ("list", "fixed_list") or source.name == "binary" and layouts[1] == "fixed"):
-        offsets, items = a.used()
-        lengths = np.diff(offsets)[present]
-        if (lengths != to.size).any():
-            raise ValueError(f"a row of {lengths[lengths != to.size][0]} is no {to}")
-        rows = np.where(present, offsets[:-1], 0)[:, None] + np.arange(to.size)         # a null row takes any items
-        items = items.pick(np.minimum(rows, len(items) - 1).ravel()) if len(items) else _nulls(items.type, rows.size)
-        data, children = (items.data.view(to.dtype), ()) if layouts[1] == "fixed" else (None, [_cast(items, to.item)])
-    elif layouts == ("struct", "struct"):
-        mine = dict(zip((f.name for f in source.fields), a.children))
-        if extra := [name for name in mine if name not in (f.name for f in to.fields)]:
-            raise ValueError(f"there is no place for {extra[0]!r} in {', '.join(f.name for f in to.fields)}")
-        for f in to.fields:
-            with _naming(f"column {f.name!r}: "):
-                children += (_cast(mine.get(f.name, Array(Type("null"), len(a))), f.type),)
-    else:
-        raise ValueError(f"{source} cannot become {to}")
+    source, data, children, present = a.type, None, [], a.present()
+    match source.layout, to.layout:
+        case _ if source == to:
+            return a
+        case "null", _:
+            return _nulls(to, len(a))
+        case "dictionary", "dictionary" if source.item == to.item:
+            data, children = _exact(a.codes(), Type("int64"), to.index, present), a.children
+        case "dictionary", _:
+            plain = a.values.pick(a.codes()) if len(a.values) else _nulls(source.item, len(a))
+            return _cast(Array(plain.type, len(a), plain.data, plain.children, present & plain.present()), to)
+        case _, "dictionary":
+            items, code_of = _cast(a, to.item), {}
+            codes = [code_of.setdefault(value, len(code_of)) for value in map(repr, items.to_pylist())]
+            firsts = np.unique(np.array(codes, np.int64), return_index=True)[1]
+            if len(firsts) > np.iinfo(to.dtype).max:
+                raise ValueError(f"{len(firsts):,} distinct values are too many for {to}; use a wider index")
+            data, children = np.array(codes, to.dtype), [items.pick(firsts)]
+        case "fixed", "fixed":
+            data = _exact(np.asarray(a.data), source, to, present)
+        case ("list" | "fixed_list", "list") | ("bytes", "bytes") if to.layout == "list" or source.family == to.family:
+            offsets, items = a.used()
+            data, children = _offsets_of(np.diff(offsets), to), [_cast(items, to.item)]
+        case ("list" | "fixed_list", "fixed_list") | ("bytes", "fixed") if to.layout == "fixed_list" or (
+                source.family == "binary" and to.name == "fixed_size_binary"):
+            offsets, items = a.used()
+            lengths = np.diff(offsets)[present]
+            if (lengths != to.size).any():
+                raise ValueError(f"a row of {lengths[lengths != to.size][0]} is no {to}")
+            rows = np.where(present, offsets[:-1], 0)[:, None] + np.arange(to.size)     # a null row takes any items
+            items = items.pick(rows.clip(max=len(items) - 1).ravel()) if len(items) else _nulls(items.type, rows.size)
+            data = items.data.view(to.dtype) if to.layout == "fixed" else None
+            children = [] if to.layout == "fixed" else [_cast(items, to.item)]
+        case "struct", "struct":
+            mine = dict(zip((f.name for f in source.fields), a.children))
+            if extra := [name for name in mine if name not in (f.name for f in to.fields)]:
+                raise ValueError(f"there is no place for {extra[0]!r} in {', '.join(f.name for f in to.fields)}")
+            for f in to.fields:
+                with _naming(f"column {f.name!r}: "):
+                    children.append(_cast(mine.get(f.name, Array(Type("null"), len(a))), f.type))
+        case _:
+            raise ValueError(f"{source} cannot become {to}")
     return Array(to, len(a), data, children, a.valid)
 
 def _exact(values: np.ndarray, source: Type, to: Type, present) -> np.ndarray:
@@ -726,16 +725,15 @@ def _concat(kind: Type, arrays: list[Array]) -> Array:
     match kind.layout:
         case "fixed":
             data = np.concatenate([np.asarray(a.data) for a in arrays])
-        case "dictionary":
-            values = list({id(a.values): a.values for a in arrays}.values())
-            both = Array(kind, 0, None, values) if len(values) == 1 else _cast(_concat(kind.item, values), kind)
-            starts = dict(zip(map(id, values), itertools.accumulate(map(len, values), initial=0)))
-            if len(values) == 1:
-                moved = [a.data for a in arrays]
-            else:                                                       # each distinct value of all of them once
-                moves = np.append(both.data, np.zeros(1, kind.dtype))   # nulls alone may have no value to point at
-                moved = [moves[a.codes() + starts[id(a.values)]] for a in arrays]
-            data, children = np.concatenate(moved), both.children
+        case "dictionary" if len({id(a.values) for a in arrays}) == 1:
+            data, children = np.concatenate([a.data for a in arrays]), arrays[0].children
+        case "dictionary":                                          # each distinct value of all of them once
+            values = {id(a.values): a.values for a in arrays}
+            starts = dict(zip(values, itertools.accumulate(map(len, values.values()), initial=0)))
+            both = _cast(_concat(kind.item, list(values.values())), kind)
+            moves = np.append(both.data, np.zeros(1, kind.dtype))   # nulls alone may have no value to point at
+            data = np.concatenate([moves[a.codes() + starts[id(a.values)]] for a in arrays])
+            children = both.children
         case "bytes" | "list":
             parts = [a.used() for a in arrays]
             data = _offsets_of(np.concatenate([np.diff(offsets) for offsets, _ in parts]), kind)
