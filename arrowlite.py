@@ -86,8 +86,8 @@ class Type:
         if (layout != "struct" and len(self.fields) != (layout in ("list", "fixed_list", "dictionary"))
                 or "unit" in numbers and self.unit not in _UNITS or self.size < (self.name == "fixed_size_binary")
                 or layout == "dictionary" and not re.match("u?int", self.index.name if self.index else "")):
-            raise ValueError(f"{self.name} is not complete; write for example list<int32>, struct<a: int64, b: utf8>, "
-                             "fixed_size_list<float32>[4], dictionary<int32, utf8>, timestamp[us, UTC]")
+            raise ValueError(f"{self} is not a complete type; write for example list<int32>, timestamp[us, UTC], "
+                             "struct<a: int64, b: utf8>, fixed_size_list<float32>[4], dictionary<int32, utf8>")
 
     layout = property(lambda self: _TYPES[self.name][4])
     family = property(lambda self: self.name.removeprefix("large_"))
@@ -1081,15 +1081,15 @@ _SPOOL_BYTES = 64 << 20
 
 def _gathered(tables, schema=None) -> Table:
     """Tables that come one by one, as one: beyond 64 MB they wait in temporary files that are mapped, not in memory."""
-    done = []
-    for joined in map(concat, _by_size(tables, _SPOOL_BYTES)):
-        if joined.nbytes < _SPOOL_BYTES:
-            done.append(Table(joined.schema, [joined.combine()]))
-            continue
-        with tempfile.TemporaryFile() as file:
-            write(joined, file, stream=True)
-            done.append(read(file))
+    done = [_kept(concat(group)) for group in _by_size(tables, _SPOOL_BYTES)]
     return concat(done) if done else Table(Schema(schema or []), [])
+
+def _kept(table: Table) -> Table:
+    if table.nbytes < _SPOOL_BYTES:
+        return Table(table.schema, [table.combine()])
+    with tempfile.TemporaryFile() as file:
+        write(table, file, stream=True)
+        return read(file)
 
 def _by_size(parts, limit: int):
     """Arrays or tables that come one by one, in lists of at least so many bytes; the last has the rest."""
@@ -1099,7 +1099,8 @@ def _by_size(parts, limit: int):
         size += part.nbytes
         if size >= limit:
             yield group
-            group, size = [], 0
+            group.clear()                   # not a new list: whoever got it may still have it, with all its memory
+            size = 0
     if group:
         yield group
 
