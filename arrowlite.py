@@ -31,7 +31,7 @@ from __future__ import annotations
 import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, operator, os
 import pickle, re, struct, sys, tempfile, time, timeit, uuid, warnings, zoneinfo
 import datetime as dt
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
@@ -794,10 +794,9 @@ class Column:
     def pieces(self) -> tuple[list[Array], np.ndarray | None]:
         """These rows chunk by chunk, and the order that puts them right (None: they are)."""
         if isinstance(self.rows, range):
-            a, b = self.rows.start, self.rows.stop
-            chunks = range(bisect_right(self.starts, a) - 1, bisect_right(self.starts, b - 1)) if a < b else ()
-            spans = {k: slice(max(a, self.starts[k]) - self.starts[k], min(b, self.starts[k + 1]) - self.starts[k])
-                     for k in chunks}
+            first, last, starts = self.rows.start, self.rows.stop, self.starts
+            touched = range(bisect_right(starts, first) - 1, bisect_left(starts, last))
+            spans = {k: slice(max(first, starts[k]) - starts[k], min(last, starts[k + 1]) - starts[k]) for k in touched}
             return [self.chunks[k].pick(span) for k, span in spans.items() if span.start < span.stop], None
         owner = np.searchsorted(self.starts, self.rows, "right") - 1
         sort = np.argsort(owner, kind="stable")
@@ -940,8 +939,7 @@ class Table(Column):
             kind, n = Type("struct"), 0
             with open(path, "rb") as file:
                 while lines := file.readlines(8 << 20):
-                    numbered = ((i, line) for i, line in enumerate(lines, n + 1) if line.strip())
-                    rows = {i: _json_row(line, f"{path}, line {i}") for i, line in numbered}
+                    rows = {i: _json_row(path, i, line) for i, line in enumerate(lines, n + 1) if line.strip()}
                     n += len(lines)
                     try:
                         part = cls.from_pylist(list(rows.values()), schema)
@@ -1104,13 +1102,13 @@ def _by_size(parts, limit: int):
     if group:
         yield group
 
-def _json_row(line: bytes, where: str) -> dict:
+def _json_row(path, i: int, line: bytes) -> dict:
     try:
         row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise ValueError(f"{path}, line {i}: not JSON: {error}") from None
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be an object {{...}}, not {line[:40]!r}")
+        raise ValueError(f"{path}, line {i}: a row must be an object {{...}}, not {line[:40]!r}")
     return row
 
 def _json_value(value) -> str:
