@@ -311,10 +311,15 @@ class Array:
         """A list's offsets [rows + 1], moved to start at 0, and the part of the child that they cover."""
         if self.type.layout == "fixed_list":
             return np.arange(self.length + 1) * self.type.size, self.children[0]
+        _check(self.type, not (self.data[1:] < self.data[:-1]).any())
+        span = self.span()
+        return self.data - span.start if span.start else self.data, self.children[0].pick(span)
+
+    def span(self) -> slice:
+        """From where to where these rows of a list or bytes array have their items in the child."""
         start, stop = int(self.data[0]), int(self.data[-1])
-        inside = 0 <= start <= stop <= len(self.children[0])
-        _check(self.type, inside and not (self.data[1:] < self.data[:-1]).any())
-        return self.data - start if start else self.data, self.children[0].pick(slice(start, stop))
+        _check(self.type, 0 <= start <= stop <= len(self.children[0]))
+        return slice(start, stop)
 
     def codes(self) -> np.ndarray:
         """A dictionary's indices; those of null rows may be anything, and become 0."""
@@ -345,7 +350,7 @@ class Array:
         bits, is_bool, children = (self.length + 7) // 8, self.type.name == "bool", self.children
         own = bits * ((self.valid is not None) + is_bool) + (0 if is_bool or self.data is None else self.data.nbytes)
         if self.type.layout in ("bytes", "list"):
-            children = [children[0].pick(slice(int(self.data[0]), int(self.data[-1])))]
+            children = [children[0].pick(self.span())]
         return own + sum(child.nbytes for child in children)
 
     def at(self, i: int):
@@ -1270,7 +1275,7 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
     elif layout in ("bytes", "list"):
         data = buffer((n + 1) * size if n else 0)
         data = data.view(kind.dtype) if n else np.zeros(1, kind.dtype)                  # no rows may mean no offset
-        _check(kind, data[-1] >= 0)
+        _check(kind, layout == "list" or data[-1] >= 0)
         children = [child(kind.item) if layout == "list" else Array(kind.item, int(data[-1]), buffer(int(data[-1])))]
     elif size:
         data = buffer(n * size).view(kind.dtype)
@@ -1462,12 +1467,14 @@ def read(path) -> Table:
                 new = _decode(Schema([("", values[id_])]).type, header.table(1), body, dictionaries).children[0]
                 dictionaries = dictionaries if footer else dict(dictionaries)   # a stream's earlier batches keep theirs
                 dictionaries[id_] = _concat(new.type, [dictionaries[id_], new]) if delta else new
-            elif kind == _BATCH and schema and 0 <= header.number(0, "q") <= max(_MAX_BODILESS, length << 20):
-                # 2**20 rows a byte: more than any compression reaches, and few enough that sums do not overflow
+            elif kind == _BATCH and schema:
                 batches.append((header, body, dictionaries))
                 lengths.append(header.number(0, "q"))
+                # a row takes a bit at least; compression, at most 2**17 bytes from one
+                if not 0 <= lengths[-1] <= max(_MAX_BODILESS, length << (20 if header.table(3) else 3)):
+                    raise ValueError(f"{lengths[-1]:,} rows in {length:,} bytes cannot be")
             else:
-                raise ValueError(f"message {kind} cannot be here, or cannot be so long")
+                raise ValueError(f"message {kind} cannot be here")
         if schema is None:
             raise ValueError("it has no schema")
 
