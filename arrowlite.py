@@ -685,6 +685,8 @@ def _cast(a: Array, to: Type) -> Array:
         case ("list" | "fixed_list", "list") | ("bytes", "bytes") if to.layout == "list" or source.family == to.family:
             offsets, items = a.used()
             data, children = _offsets_of(np.diff(offsets), to), [_cast(items, to.item)]
+        case "fixed_list", "fixed_list" if source.size == to.size:
+            children = [_cast(a.children[0], to.item)]
         case ("list" | "fixed_list", "fixed_list") | ("bytes", "fixed") if to.layout == "fixed_list" or (
                 source.family == "binary" and to.name == "fixed_size_binary"):
             offsets, items = a.used()
