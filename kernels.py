@@ -37,23 +37,22 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # --- what all kernels share ------------------------------------------------------------------------------------------
 
 INTERPRET = constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-HIDDEN = constexpr(-1e30)        # the score of what is masked: finite, since -inf minus -inf would be NaN
+MASKED = constexpr(-1e30)        # the score of what is masked: finite, since -inf minus -inf would be NaN
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that it is read in)
 LOG2E, LN2 = constexpr(1.4426950408889634), constexpr(0.6931471805599453)     # the GPU has exp2, not exp
 
 def _on_triton(*tensors: Tensor) -> bool:
-    """Empty tensors take the reference too, so no kernel has to think of them."""
+    """Whether the kernel takes them: not if one is empty, so that no kernel has to think of that."""
     return all(x.numel() and x.dtype != torch.float64 and (x.is_cuda or INTERPRET.value) for x in tensors)
 
 def _dense(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 @cache
-def _device_processors(device: torch.device) -> int:
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":            # interpreted: a few, so that there too parts have to be put together
+        return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-def _processors(x: Tensor) -> int:
-    return _device_processors(x.device) if x.is_cuda else 4
 
 def _ceil(a: int, b: int) -> int:       # triton.cdiv and next_power_of_2 take 5 us a call: 4% of the host's time
     return -(-a // b)
@@ -69,7 +68,7 @@ def _wide(x: Tensor) -> Tensor:
 def _dot(a, b, acc):
     if INTERPRET:       # its bf16 dot multiplies bit patterns as if they were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="tf32x3")
+    return tl.dot(a, b, acc, input_precision="tf32x3")      # of fp32: three products of tf32's 10 bits
 
 @triton.jit
 def _narrow(x, dtype: constexpr):
@@ -80,14 +79,14 @@ def _narrow(x, dtype: constexpr):
     return x.to(dtype)
 
 # Hopper's copy engine (TMA) moves a tile for one instruction of one thread, and reads what lies outside of the tensor
-# as zeros. Packed sequences end inside of it. So the rows are described as a tensor of 2**30 rows, shifted by two more
-# axes such that row `length` of a sequence is the first outside of it: the address 2**30 * (2**34 - s) + (start +
-# length) * s + (2**30 - length + row) * s is (start + row) * s modulo 2**64. Tiles then never show a neighbour, not
-# even its NaNs (0 * NaN is NaN, so masking probabilities would not be enough).
+# as zeros. Packed sequences end inside of it. So the rows, s apart, are described as a tensor of 2**30 rows, shifted by
+# two more axes such that row `length` of a sequence is the first outside of it: the address 2**30 * (2**34 - s) +
+# (start + length) * s + (2**30 - length + row) * s is (start + row) * s modulo 2**64. Tiles then never show a
+# neighbour, not even its NaNs (0 * NaN is NaN, so masking probabilities would not be enough).
 
 def _sequences(x: Tensor, rows: int, dim: int) -> TensorDescriptor:
     """[tokens, heads, dim] for tiles of [rows, dim] that end with their sequence."""
-    s = x.stride(0)
+    s = x.stride(0)                         # the axes that shift are long enough for any start
     return TensorDescriptor(x, [2**31 - 2**16] * 2 + [2**30, *x.shape[1:]], [2**34 - s, s, s, x.stride(1), 1],
                             [1, 1, rows, 1, dim])
 
@@ -102,7 +101,7 @@ def _write(x, start, length, row, head, tile):
             _narrow(tile, x.dtype).reshape(1, 1, tile.shape[0], 1, tile.shape[1]))
 
 @triton.jit
-def _own(x, stride, start, length, row, head, ROWS: constexpr, D: constexpr, DIM: constexpr):
+def _read_once(x, stride, start, length, row, head, ROWS: constexpr, D: constexpr, DIM: constexpr):
     """`_read` without the copy engine, for a tile that is read once: the left operand of a dot then stays in shared
     memory, where a tile that comes from the engine would be kept in registers."""
     rows, dims = row + tl.arange(0, ROWS), tl.arange(0, DIM)
@@ -117,17 +116,18 @@ def _aligned(x: Tensor) -> Tensor:
 # --- flash attention: softmax(q k') v without the scores ever leaving the chip ---------------------------------------
 
 # FlashAttention-2 (Dao, arXiv 2307.08691): 4 * Lq * Lk * heads * dim operations forward, half if causal, 2.5 times that
-# backward, thousands for every byte of q, k, v and out: the tensor cores are the limit, and beside them exp2 (2048
-# cycles and 1024 for 128 x 128 scores at dim 128). So: no masks but at the diagonal and the end; the scale folded into
-# the exponent; the longest causal rows first, so that the last programs are short; the heads of a group side by side,
-# so that they find their keys in L2. Backward is two kernels, one that owns queries (dq) and one that owns keys (dk,
-# dv). Each sums in registers in a fixed order, bit-equal from run to run, for 7 products instead of 5 with atomics.
+# backward, thousands for every byte of q, k, v and out: the tensor cores are the limit, and beside them exp2 (for 128 x
+# 128 scores at dim 128 the products take 2048 cycles, exp2 1024). So: no masks but at the diagonal and the end; the
+# scale folded into the exponent; the longest causal rows first, so that the last programs are short; the heads of a
+# group side by side, so that they find their keys in L2. Backward is two kernels, one that owns queries (dq) and one
+# that owns keys (dk, dv). Each sums in registers in a fixed order, bit-equal from run to run, for 7 products instead of
+# 5 with atomics. Dims are padded to a power of two (D to DIM), and blocks are BM queries by BN keys.
 # Causal, 2 x 8192 tokens, dim 64, 128, 256: forward reaches 63%, 66%, 73% of a big product (1.6, 1.4, 1.7 times SDPA's
 # flash; 0.98, 0.83, 0.83 of cuDNN), backward 50%, 51%, 34% (1.3, 1.2, 0.95 times flash; 0.8, 0.7, 0.6 of cuDNN).
 
 @triton.jit
 def _weigh(scores, scale, v_tile, acc, m, mass):
-    """Online softmax: with y = score * scale, m = the largest y so far, mass = sum of exp2(y - m), acc = that of v."""
+    """Online softmax: y = score * scale, m = max y so far, mass = sum of exp2(y - m), acc = sum of exp2(y - m) v."""
     new_m = tl.maximum(m, tl.max(scores, 1) * scale)
     shrink = tl.exp2(m - new_m)
     p = tl.exp2(scores * scale - new_m[:, None])
@@ -162,21 +162,21 @@ def _attention_forward(q, k, v, out, lse, cu_q, cu_k, q_stride, scale, slots, GR
     if row >= q_len:
         return
     last, stop, full = _seen(row, q_len, k_len, CAUSAL, BM, BN)
-    q_tile = _own(q, q_stride, q_start, q_len, row, head, BM, D, DIM)
-    acc, m, mass = tl.zeros([BM, DIM], tl.float32), tl.full([BM], HIDDEN, tl.float32), tl.zeros([BM], tl.float32)
+    q_tile = _read_once(q, q_stride, q_start, q_len, row, head, BM, D, DIM)
+    acc, m, mass = tl.zeros([BM, DIM], tl.float32), tl.full([BM], MASKED, tl.float32), tl.zeros([BM], tl.float32)
     for masked in tl.static_range(2):
         for n in tl.range(full if masked else 0, stop if masked else full, BN):
             scores = _dot(q_tile, _read(k, k_start, k_len, n, head // GROUP).T, None)               # [BM, BN]
             if masked:
-                scores = tl.where(tl.arange(0, BN)[None, :] <= (last - n)[:, None], scores, HIDDEN)
+                scores = tl.where(tl.arange(0, BN)[None, :] <= (last - n)[:, None], scores, MASKED)
             acc, m, mass = _weigh(scores, scale, _read(v, k_start, k_len, n, head // GROUP), acc, m, mass)
     sees = last >= 0                                    # a query before the first key sees nothing: 0, not 0 / 0
     mass = tl.where(sees, mass, 1.0)
     _write(out, q_start, q_len, row, head, tl.where(sees[:, None], acc / mass[:, None], 0.0))
-    # In units of scores; the huge value of a blind query makes its probabilities 0 in the backward pass. A tile writes
-    # all of its rows, so that backward finds no NaN in those past the end.
+    # Log-sum-exp in units of q k', unscaled. The huge one of a blind query makes its probabilities 0 in the backward
+    # pass. A tile writes all of its rows, so that backward finds no NaN in those past the end.
     tl.store(lse + head * slots + _slot(q_start, sequence) + row + tl.arange(0, BM),
-             tl.where(sees, (m + tl.log2(mass)) / scale, -HIDDEN))
+             tl.where(sees, (m + tl.log2(mass)) / scale, -MASKED))
 
 @triton.jit
 def _attention_backward_q(q, k, v, out, dout, lse, delta, dq, cu_q, cu_k, q_stride, o_stride, scale, slots,
@@ -189,9 +189,9 @@ def _attention_backward_q(q, k, v, out, dout, lse, delta, dq, cu_q, cu_k, q_stri
     if row >= q_len:
         return
     last, stop, full = _seen(row, q_len, k_len, CAUSAL, BM, BN)
-    q_tile = _own(q, q_stride, q_start, q_len, row, head, BM, D, DIM)
-    dout_tile = _own(dout, o_stride, q_start, q_len, row, head, BM, D, DIM)
-    out_tile = _own(out, o_stride, q_start, q_len, row, head, BM, D, DIM)
+    q_tile = _read_once(q, q_stride, q_start, q_len, row, head, BM, D, DIM)
+    dout_tile = _read_once(dout, o_stride, q_start, q_len, row, head, BM, D, DIM)
+    out_tile = _read_once(out, o_stride, q_start, q_len, row, head, BM, D, DIM)
     row_delta, rows = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), 1), row + tl.arange(0, BM)
     at = head * slots + _slot(q_start, sequence) + rows
     tl.store(delta + at, row_delta)
@@ -219,8 +219,8 @@ def _attention_backward_kv(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, k_stri
     k_start, k_len = _span(cu_k, sequence)
     if row >= k_len:
         return
-    k_tile = _own(k, k_stride, k_start, k_len, row, kv_head, BN, D, DIM)
-    v_tile = _own(v, v_stride, k_start, k_len, row, kv_head, BN, D, DIM)
+    k_tile = _read_once(k, k_stride, k_start, k_len, row, kv_head, BN, D, DIM)
+    v_tile = _read_once(v, v_stride, k_start, k_len, row, kv_head, BN, D, DIM)
     low, full = 0, 0
     if CAUSAL:              # query i sees key j if i >= j - (k_len - q_len); the whole block of keys from `full` on
         first = row - (k_len - q_len)
@@ -254,25 +254,25 @@ def _attention_tiles(kernel: str, dim: int, itemsize: int) -> dict:
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, new):
+    def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, blank):     # blank: zeros_like or empty_like
         (q, k, v), heads, dim = map(_aligned, (q, k, v)), q.shape[1], _power_of_two(q.shape[2], 64)
         tiles = _attention_tiles("forward", dim, q.itemsize)
         bm, bn = tiles["BM"], tiles["BN"]
         slots = (len(q) // 128 + len(cu_q)) * 128                           # see _slot
-        out = new(q, memory_format=torch.contiguous_format)
+        out = blank(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(heads, slots, dtype=torch.float32)
         _attention_forward[heads, len(cu_q) - 1, _ceil(max_q, bm)](
             q, _sequences(k, bn, dim), _sequences(v, bn, dim), _sequences(out, bm, dim), lse, cu_q, cu_k, q.stride(0),
             scale * LOG2E.value, slots, heads // k.shape[1], causal, q.shape[2], dim, **tiles)
         ctx.save_for_backward(q, k, v, out, lse, cu_q, cu_k)
-        ctx.settings = max_q, max_k, causal, scale, dim, new
+        ctx.settings = max_q, max_k, causal, scale, dim, blank
         return out
 
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_q, cu_k = ctx.saved_tensors
-        (max_q, max_k, causal, scale, dim, new), heads, dout = ctx.settings, q.shape[1], dout.contiguous()
-        dq, dk, dv = (new(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        (max_q, max_k, causal, scale, dim, blank), heads, dout = ctx.settings, q.shape[1], dout.contiguous()
+        dq, dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta = torch.empty_like(lse)
         fixed = heads // k.shape[1], causal, q.shape[2], dim
         tiles = _attention_tiles("q", dim, q.itemsize)
@@ -305,10 +305,9 @@ def flash_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=True, 
             out.append(one[0].transpose(0, 1).to(q.dtype))
     return torch.cat([*out, q.new_zeros(len(q) - q_ends[-1], *q.shape[1:])])
 
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor,
-                    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-                    max_seqlen_k: int | None = None, causal: bool = True, scale: float | None = None,
-                    covered: bool = False) -> Tensor:
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor | None = None,
+                    max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, causal: bool = True,
+                    scale: float | None = None, covered: bool = False) -> Tensor:
     """Attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens, kv_heads,
     dim], sequence i at [cu_seqlens[i], cu_seqlens[i + 1]) (int32). Without cu_seqlens_k it is that of q. Causal masks
     are aligned at the bottom right, as in flash-attn: with Lq < Lk the queries are the last ones. Pass the longest
@@ -350,7 +349,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, out, lse, q_stri
     heads = kv_head * GROUP + rows
     mine = (rows < GROUP)[:, None] & (dims < D)[None, :]
     q_tile = tl.load(q + sequence.to(tl.int64) * q_stride + heads[:, None] * D + dims[None, :], mask=mine, other=0.0)
-    acc, m, mass = tl.zeros([ROWS, DIM], tl.float32), tl.full([ROWS], HIDDEN, tl.float32), tl.zeros([ROWS], tl.float32)
+    acc, m, mass = tl.zeros([ROWS, DIM], tl.float32), tl.full([ROWS], MASKED, tl.float32), tl.zeros([ROWS], tl.float32)
     for n in tl.range(split * share, stop, BN, num_stages=STAGES):
         tokens = n + tl.arange(0, BN)
         live = tokens < stop
@@ -358,7 +357,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, out, lse, q_stri
         at = (page.to(tl.int64) * page_stride + tokens % PAGE * token_stride + kv_head * head_stride)[:, None] + dims
         wanted = live[:, None] & (dims < D)[None, :]
         scores = _dot(q_tile, tl.load(k_cache + at, mask=wanted, other=0.0).T, None)    # [ROWS, BN]
-        scores = tl.where(live[None, :], scores, HIDDEN)
+        scores = tl.where(live[None, :], scores, MASKED)
         acc, m, mass = _weigh(scores, scale, tl.load(v_cache + at, mask=wanted, other=0.0), acc, m, mass)
     mass = tl.where(mass > 0, mass, 1.0)                                            # an empty split weighs nothing
     at = (split * tl.num_programs(1) + sequence).to(tl.int64) * tl.num_programs(0) * GROUP + heads
@@ -377,7 +376,7 @@ def _paged_merge(parts, lse, out, entries, SPLITS: constexpr, D: constexpr, DIM:
     tl.store(out + entry * D + dims, _narrow(tile, out.dtype.element_ty), mask=dims < D)
 
 def _paged_tiles(programs: int, longest: int, processors: int) -> dict:
-    """Splits such that an SM has up to 4 programs, but none less than 256 tokens; a power of two."""
+    """A power of two of splits such that an SM has up to 4 programs, but none less than 256 tokens of a full table."""
     most = max(1, min(4 * processors // programs, _ceil(longest, 256), 64))
     return dict(SPLITS=1 << (most.bit_length() - 1), BN=64, STAGES=3, num_warps=4)
 
@@ -403,7 +402,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
         raise ValueError("k_cache and v_cache must have the same strides, the last one 1")
     (batch, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
     q, group, padded = q.contiguous(), heads // kv_heads, _power_of_two(dim, 16)
-    tiles = _paged_tiles(batch * kv_heads, block_table.shape[1] * page, _processors(q))
+    tiles = _paged_tiles(batch * kv_heads, block_table.shape[1] * page, _processors(q.device))
     splits, out = tiles["SPLITS"], torch.empty_like(q)
     parts = out if splits == 1 else q.new_empty(splits, *q.shape, dtype=torch.float32)
     lse = q.new_empty(splits, batch, heads, dtype=torch.float32)
@@ -494,7 +493,7 @@ def _add_up(parts, out, rows, WIDTH: constexpr, BLOCK: constexpr, ROWS: constexp
     tl.store(out + column, _narrow(tl.sum(total, 0), out.dtype.element_ty), mask=column < WIDTH)
 
 def _added(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of what programs left. Few columns keep few processors busy: torch takes 11 us, and 2 more to cast."""
+    """[programs, ...], summed over programs. torch gives so few columns to few processors: 11 us, and 2 to cast."""
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     _add_up[(_ceil(out.numel(), 8),)](parts, out, len(parts), out.numel(), BLOCK=8, ROWS=1024, num_warps=8)
     return out
@@ -524,7 +523,7 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, dout, dsummed=None):
         h, weight, rstd = ctx.saved_tensors
         (rows, width), tiles, dout = h.shape, _norm_tiles(h.shape[1], True), dout.contiguous()
-        programs = min(tiles.pop("PER_SM") * _processors(h), _ceil(rows, tiles["ROWS"]))
+        programs = min(tiles.pop("PER_SM") * _processors(h.device), _ceil(rows, tiles["ROWS"]))
         dx, parts = torch.empty_like(dout), h.new_empty(programs, width, dtype=torch.float32)
         _rms_norm_backward[(programs,)](
             dout, None if dsummed is None else dsummed.contiguous(), h, weight, rstd, dx, parts, rows, h.stride(0),
@@ -546,7 +545,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | No
 # Face, not neighbours). Reads and writes q and k once, 4 bytes an element; a program takes one token, and reads its
 # cosines once for all heads: 94% of a copy. Qwen3 normalises each head first (n = x / sqrt(mean(x^2) + eps) * weight),
 # which costs no more bytes in the same kernel. Backward turns the other way, and makes n again; its programs walk over
-# many tokens, so that the gradients of weights are sums in registers, as in rms_norm.
+# many tokens, so that the gradients of weights are sums in registers, as in rms_norm. Tiles are [heads, dim / 2]: HEADS
+# (Q of q, K of k), padded to BLOCK (BQ, BK), by HALF, padded to WIDTH.
 
 @triton.jit
 def _pairs(x, at, HEADS: constexpr, BLOCK: constexpr, HALF: constexpr, WIDTH: constexpr):
@@ -647,7 +647,7 @@ def _launch_rotary(q, k, q_norm, k_norm, cos, sin, positions, eps, sign):
     return outs, sizes
 
 class _Rotary(torch.autograd.Function):
-    """x is q; or, without k, q, k and v side by side, whose gradients then need not be put together."""
+    """x is q; or, without k, it is q, k and v side by side, and so is its gradient: nothing has to be put together."""
     @staticmethod
     def forward(ctx, x, k, q_norm, k_norm, cos, sin, positions, eps, kv_heads):
         merged, x = k is None, _dense(x)
@@ -665,7 +665,7 @@ class _Rotary(torch.autograd.Function):
             return *_launch_rotary(dq, dk, None, None, cos, sin, positions, eps, -1)[0], *[None] * 7
         dx = x.new_empty(x.shape)
         (q, k, _), parts = (y.split([heads, kv_heads, kv_heads], 1) for y in (x, dx))
-        programs = min(len(x), 16 * _processors(x))
+        programs = min(len(x), 16 * _processors(x.device))
         dweights = x.new_empty(programs if norm else 0, 2, x.shape[2], dtype=torch.float32)
         _rotary_backward[(programs,)](
             *(y.contiguous() for y in (dq, dk, dv)), q, k, q_norm, k_norm, *parts, dweights, cos, sin, positions,
@@ -680,6 +680,7 @@ def rotary_reference(q, k, cos, sin, positions):
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype).split([q.shape[1], k.shape[1]], 1)
 
 def _tables(cos, sin, dim):
+    """The first halves, with one stride for both."""
     cos, sin = cos[:, :dim // 2], sin[:, :dim // 2]
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
@@ -711,7 +712,7 @@ def qkv_rotary(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor,
 # --- swiglu ----------------------------------------------------------------------------------------------------------
 
 # silu(gate) * up, the halves of one product's output. Forward reads 4 bytes an output and writes 2; backward reads 6
-# and writes 4. The sigmoid is recomputed, not kept: cheaper than its bytes. Forward 92%, backward 94% of a copy.
+# and writes 4. The sigmoid is recomputed, not kept: cheaper than its bytes. Forward 99%, backward 98% of a copy.
 
 @triton.jit(do_not_specialize=["rows"])
 def _swiglu(gate_up, dout, out, rows, stride, WIDTH: constexpr, BLOCK: constexpr, ROWS: constexpr,
@@ -761,17 +762,18 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 # --- linear cross entropy: the output head and the loss in one, without the logits -----------------------------------
 
-# 16k tokens x 152k words are 5 GB of logits in bf16, and the loss needs three numbers a token from them. With
-# x = hidden @ weight' / temperature these are m = max x, s = sum exp(x - m) and t = sum (x - m) exp(x - m):
-#     logprob = x[target] - m - log s        entropy = log s - t / s
-#     dx[j] = p[j] * (-dlogprob - dentropy * (log p[j] + entropy)) + (j == target) * dlogprob
+# 16k tokens x 152k words are 5 GB of logits in bf16, and the loss needs four numbers a token from them. With
+# y = hidden @ weight' / temperature: y[target], m = max y, s = sum exp(y - m) and t = sum (y - m) exp(y - m).
+#     logprob = y[target] - m - log s        entropy = log s - t / s
+#     dy[j] = p[j] * (-dlogprob - dentropy * (log p[j] + entropy)) + (j == target) * dlogprob
 # Forward is a matrix product whose tiles are reduced to (m, s, t) in registers. Backward makes the tiles again, for a
-# slice of the vocabulary at a time, turns them into dx on the spot, and leaves dx @ weight and dx' @ hidden to cuBLAS,
-# both summed in fp32: 4 products of 2 * tokens * vocab * width operations, so tensor cores are the limit. 1.19 times
-# the four in cuBLAS, and 320 MiB. Parts of a vocabulary, on one device or over a group, are put together by one rule.
-# From logits bytes are the limit: forward 54% of a copy (F.cross_entropy 24%), backward 88%.
+# slice of the vocabulary at a time, turns them into dlogits = dy / temperature on the spot, and leaves dlogits @ weight
+# and dlogits' @ hidden to cuBLAS, both summed in fp32: 4 products of 2 * tokens * vocab * width operations, so tensor
+# cores are the limit. 1.19 times the four in cuBLAS, and 320 MiB. Parts of a vocabulary, on one device or over a group,
+# are put together by one rule. From logits bytes are the limit: forward 66% of a copy, backward 92% (torch.compile: 26%
+# and 21%). Below x is hidden, or the logits where there is no weight.
 
-SLICE_BYTES = 2**27                 # of dx; with dhidden in fp32 this is all that backward needs
+SLICE_BYTES = 2**27                 # of dlogits; with the gradient of hidden in fp32 this is all that backward needs
 
 @triton.jit
 def _logits(x, weight, row, column, x_stride, rows, columns, width, BM: constexpr, BV: constexpr, BK: constexpr,
@@ -793,12 +795,12 @@ def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, widt
     row = first_row + tl.arange(0, BM)
     target = tl.load(targets + row, mask=row < rows, other=-1).to(tl.int32)
     zero = tl.zeros([BM], tl.float32)
-    m, s, t, hit = zero + HIDDEN, zero, zero, zero
+    m, s, t, hit = zero + MASKED, zero, zero, zero
     share = tl.cdiv(tl.cdiv(columns, BV), splits) * BV
     for first in tl.range(split * share, tl.minimum(split * share + share, columns), BV):
         column = first + tl.arange(0, BV)
         y = _logits(x, weight, first_row, first, x_stride, rows, columns, width, BM, BV, BK, FUSED) * scale
-        y = tl.where((column < columns)[None, :], y, HIDDEN)                                        # [BM, BV], log 2
+        y = tl.where((column < columns)[None, :], y, MASKED)                                        # [BM, BV], base 2
         hit += tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
         new_m = tl.maximum(m, tl.max(y, 1))
         shrink = tl.exp2(m - new_m)
@@ -816,7 +818,7 @@ def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, widt
 @triton.jit(do_not_specialize=["rows", "start"])
 def _logit_grads(x, weight, targets, factors, out, scale, x_stride, size, rows, width, start, BM: constexpr,
                  BV: constexpr, BK: constexpr, FUSED: constexpr):
-    """dx for the columns [start, start + size); factors [4, rows]: lse, then those of p, of p log p, of the target."""
+    """dlogits [rows, size] of the columns from start; factors [4, rows]: lse, then those of p, p log p, the target."""
     first_row, split, splits = tl.program_id(0) * BM, tl.program_id(1), tl.num_programs(1)
     row = first_row + tl.arange(0, BM)
     at, live = factors + row, row < rows
@@ -827,7 +829,7 @@ def _logit_grads(x, weight, targets, factors, out, scale, x_stride, size, rows, 
     for first in tl.range(split * share, tl.minimum(split * share + share, size), BV):
         column = (first + tl.arange(0, BV))[None, :]
         y = _logits(x, weight, first_row, start + first, x_stride, rows, start + size, width, BM, BV, BK, FUSED)
-        y = y * scale - lse[:, None]                                                                # [BM, BV], log 2
+        y = y * scale - lse[:, None]                                                                # [BM, BV], base 2
         d = tl.exp2(y) * (a[:, None] + b[:, None] * y) + tl.where(column == target, c[:, None], 0.0)
         tl.store(out + row.to(tl.int64)[:, None] * size + column, _narrow(d, out.dtype.element_ty),
                  mask=live[:, None] & (column < size))
@@ -844,16 +846,16 @@ def _logit_launch(x, weight, columns):
     tiles = _logit_tiles(weight is not None, x.itemsize)
     bm, bv, bk = tiles["BM"], tiles["BV"], tiles["BK"]
     blocks, parts = _ceil(len(x), bm), _ceil(columns, bv)
-    grid = blocks, max(1, min(_ceil(4 * _processors(x), blocks), parts))
+    grid = blocks, max(1, min(_ceil(4 * _processors(x.device), blocks), parts))
     if weight is not None:
         x, weight = _tiled(x, [bm, bk]), _tiled(weight, [bv, bk])
     return grid, (x, weight), tiles | dict(FUSED=weight is not None)
 
 def _stats(x, weight, targets, columns, scale):
-    """[4, parts, rows]: m, s, t and x[target] (0 if it is not here)."""
+    """[4, parts, rows]: m, s, t and y[target] (0 if it is not here)."""
     if not _on_triton(x):
         y = (_wide(x) if weight is None else _wide(x) @ _wide(weight).T) * scale
-        y = y.masked_fill(torch.arange(y.shape[1], device=y.device) >= columns, HIDDEN.value)
+        y = y.masked_fill(torch.arange(y.shape[1], device=y.device) >= columns, MASKED.value)
         z = y - y.amax(1, keepdim=True)
         hit = y.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
         return torch.stack([y.amax(1), z.exp().sum(1), (z * z.exp()).sum(1), hit])[:, None]
@@ -864,7 +866,7 @@ def _stats(x, weight, targets, columns, scale):
     return stats
 
 def _grads(x, weight, targets, factors, scale, start, stop):
-    """dx for the columns [start, stop)."""
+    """dlogits of the columns [start, stop)."""
     if not _on_triton(x):
         y = (_wide(x)[:, start:stop] if weight is None else _wide(x) @ _wide(weight[start:stop]).T) * scale
         lse, a, b, c = factors[..., None]
@@ -877,7 +879,6 @@ def _grads(x, weight, targets, factors, scale, start, stop):
     return out
 
 class _CrossEntropy(torch.autograd.Function):
-    """Of hidden @ weight', or of x itself where there is no weight."""
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, group, vocab_size):
         columns = x.shape[1] if weight is None else len(weight)
@@ -1001,19 +1002,20 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
         if nucleus < 1:
             need = _kept(row, vocab, low, top, inverse, False, SHIFT, BLOCK) * nucleus
             low = _lowest(row, vocab, low, high, need, top, inverse, False, SHIFT, BLOCK)
-    m, full, kept = tl.full([BLOCK], HIDDEN, tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    m, full, kept = tl.full([BLOCK], MASKED, tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     score, token = m, tl.zeros([BLOCK], tl.int32)
     for first in tl.range(0, vocab, BLOCK):             # each lane keeps its own sums and its own best
         j = first + tl.arange(0, BLOCK)
         x = tl.load(row + j, mask=j < vocab, other=0.0).to(tl.float32)
-        y = tl.where(j < vocab, x * inverse, HIDDEN)
+        y = tl.where(j < vocab, x * inverse, MASKED)
         keep = (_order(x, SHIFT) >= low) & (j < vocab)
         new_m = tl.maximum(m, y)
         shrink, e = tl.exp2(m - new_m), tl.where(j < vocab, tl.exp2(y - new_m), 0.0)
         full, kept, m = full * shrink + e, kept * shrink + tl.where(keep, e, 0.0), new_m
         u = (_mix(_mix(j.to(tl.uint32) ^ key) + other).to(tl.float32) + 0.5) * 2**-32
+        # 1 - u loses the digits of a small u, so it takes the series; a u that was rounded to 1 would be no sample
         race = tl.where(u < 0.001, u * (1 + 0.5 * u), -tl.log(1 - tl.minimum(u, 0.99999994)))
-        rank = tl.where(keep, y if greedy else y - tl.log2(race), HIDDEN)
+        rank = tl.where(keep, y if greedy else y - tl.log2(race), MASKED)
         token = tl.where(rank > score, j, token)
         score = tl.maximum(rank, score)
     best = tl.max(m, 0)
@@ -1060,8 +1062,8 @@ def sample(logits: Tensor, temperature, top_k, top_p, seeds: Tensor, positions: 
     """Tokens [batch] (int64) and their logprobs under the distribution that they were sampled from: softmax(logits /
     temperature), the top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits
     stay or go together. With return_full also the logprobs under all of softmax(logits / temperature), which is what
-    training wants. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the lowest of the
-    largest, logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
+    training wants. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
+    logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
     kinds = torch.float32, torch.int64, torch.float32, torch.int64, torch.int64
     settings = [torch.as_tensor(x, dtype=kind, device=logits.device).expand(len(logits)).contiguous()
                 for x, kind in zip((temperature, top_k, top_p, seeds, positions), kinds)]
@@ -1102,9 +1104,9 @@ def adamw_step_reference(param, master, m, v, grad, step, lr, betas, eps, weight
     update = (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
     param.copy_(master.mul_(1 - lr * weight_decay).sub_(update, alpha=lr))
 
-def adamw_step(param: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
-               grad: Tensor, step: int, lr: float, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
-               weight_decay: float = 0.0, grad_scale: Tensor | float = 1.0) -> None:
+def adamw_step(param: Tensor, master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, step: int, lr: float,
+               betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8, weight_decay: float = 0.0,
+               grad_scale: Tensor | float = 1.0) -> None:
     """One step (the first is 1) of AdamW, in place, over flat tensors: fp32 master and moments, the gradient in any
     dtype, times grad_scale (say, the clip factor, which may stay on the GPU; if that is NaN nothing changes), the
     result also into param."""
