@@ -46,13 +46,12 @@ def _on_triton(*tensors: Tensor) -> bool:
     return all(x.numel() and x.dtype != torch.float64 and (x.is_cuda or INTERPRET.value) for x in tensors)
 
 def _dense(x: Tensor) -> Tensor:
+    """What kernels take for granted of last axes: neighbours in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 @cache
-def _processors(device: torch.device) -> int:
-    if device.type == "cpu":            # interpreted: a few, so that there too parts have to be put together
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _processors(device: torch.device) -> int:       # interpreted: a few, so that there too work is split into parts
+    return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 def _ceil(a: int, b: int) -> int:       # triton.cdiv and next_power_of_2 take 5 us a call: 4% of the host's time
     return -(-a // b)
@@ -119,11 +118,11 @@ def _aligned(x: Tensor) -> Tensor:
 # backward, thousands for every byte of q, k, v and out: the tensor cores are the limit, and beside them exp2 (for 128 x
 # 128 scores at dim 128 the products take 2048 cycles, exp2 1024). So: no masks but at the diagonal and the end; the
 # scale folded into the exponent; the longest causal rows first, so that the last programs are short; the heads of a
-# group side by side, so that they find their keys in L2. Backward is two kernels, one that owns queries (dq) and one
-# that owns keys (dk, dv). Each sums in registers in a fixed order, bit-equal from run to run, for 7 products instead of
-# 5 with atomics. Dims are padded to a power of two (D to DIM), and blocks are BM queries by BN keys.
-# Causal, 2 x 8192 tokens, dim 64, 128, 256: forward reaches 63%, 66%, 73% of a big product (1.6, 1.4, 1.7 times SDPA's
-# flash; 0.98, 0.83, 0.83 of cuDNN), backward 50%, 51%, 34% (1.3, 1.2, 0.95 times flash; 0.8, 0.7, 0.6 of cuDNN).
+# group side by side, so that they find their keys in L2. Backward is a kernel that owns queries (dq) and one that owns
+# keys (dk, dv): each sums in registers in a fixed order, bit-equal from run to run, for 7 products instead of 5 with
+# atomics. D is padded to DIM, a power of two; blocks are BM queries by BN keys. Causal, 2 x 8192 tokens, dim 64, 128,
+# 256: forward reaches 63%, 66%, 73% of a big product (1.6, 1.4, 1.7 times SDPA's flash; 0.98, 0.83, 0.83 of cuDNN),
+# backward 50%, 51%, 34% (1.3, 1.2, 0.95 times flash; 0.8, 0.7, 0.6 of cuDNN).
 
 @triton.jit
 def _weigh(scores, scale, v_tile, acc, m, mass):
@@ -242,22 +241,20 @@ def _attention_backward_kv(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, k_stri
     _write(dk, k_start, k_len, row, kv_head, dk_acc * scale)
     _write(dv, k_start, k_len, row, kv_head, dv_acc)
 
-def _attention_tiles(kernel: str, dim: int, itemsize: int) -> dict:
-    """Queries and keys a tile, warps, and stages of the pipeline from global to shared memory."""
-    if itemsize == 4 and not INTERPRET.value:       # fp32 takes three times the products and twice the space
-        return dict(BM=32, BN=32, num_warps=4, num_stages=1)
-    bm, bn, warps, stages = {
+def _attention_tiles(kernel: str, dim: int, itemsize: int) -> tuple[int, int, dict]:
+    """Queries and keys a tile, and with these the warps, and the stages of the pipeline into shared memory."""
+    small = 32, 32, 4, 1                            # fp32 takes three times the products and twice the space
+    bm, bn, warps, stages = small if itemsize == 4 and not INTERPRET.value else {
         ("forward", 64): (128, 64, 8, 3), ("forward", 128): (64, 64, 4, 3), ("forward", 256): (128, 64, 8, 2),
         ("q", 64): (128, 64, 8, 3), ("q", 128): (128, 64, 8, 3), ("q", 256): (128, 32, 8, 2),
         ("kv", 64): (64, 64, 4, 3), ("kv", 128): (64, 128, 8, 3), ("kv", 256): (64, 64, 8, 2)}[kernel, dim]
-    return dict(BM=bm, BN=bn, num_warps=warps, num_stages=stages)
+    return bm, bn, dict(BM=bm, BN=bn, num_warps=warps, num_stages=stages)
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_q, cu_k, max_q, max_k, causal, scale, blank):     # blank: zeros_like or empty_like
         (q, k, v), heads, dim = map(_aligned, (q, k, v)), q.shape[1], _power_of_two(q.shape[2], 64)
-        tiles = _attention_tiles("forward", dim, q.itemsize)
-        bm, bn = tiles["BM"], tiles["BN"]
+        bm, bn, tiles = _attention_tiles("forward", dim, q.itemsize)
         slots = (len(q) // 128 + len(cu_q)) * 128                           # see _slot
         out = blank(q, memory_format=torch.contiguous_format)
         lse = q.new_empty(heads, slots, dtype=torch.float32)
@@ -275,13 +272,11 @@ class _FlashAttention(torch.autograd.Function):
         dq, dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         delta = torch.empty_like(lse)
         fixed = heads // k.shape[1], causal, q.shape[2], dim
-        tiles = _attention_tiles("q", dim, q.itemsize)
-        bm, bn = tiles["BM"], tiles["BN"]
+        bm, bn, tiles = _attention_tiles("q", dim, q.itemsize)
         _attention_backward_q[heads, len(cu_q) - 1, _ceil(max_q, bm)](
             q, _sequences(k, bn, dim), _sequences(v, bn, dim), out, dout, lse, delta, _sequences(dq, bm, dim), cu_q,
             cu_k, q.stride(0), out.stride(0), scale, lse.shape[1], *fixed, **tiles)
-        tiles = _attention_tiles("kv", dim, q.itemsize)
-        bm, bn = tiles["BM"], tiles["BN"]
+        bm, bn, tiles = _attention_tiles("kv", dim, q.itemsize)
         _attention_backward_kv[k.shape[1], len(cu_q) - 1, _ceil(max_k, bn)](
             _sequences(q, bm, dim), k, v, _sequences(dout, bm, dim), _tiled(lse, [1, bm]), _tiled(delta, [1, bm]),
             _sequences(dk, bn, dim), _sequences(dv, bn, dim), cu_q, cu_k, k.stride(0), v.stride(0), scale, *fixed,
@@ -325,7 +320,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_se
     max_q, max_k = (int(ends.diff().max()) if most is None else most
                     for ends, most in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)))
     scale = dim ** -0.5 if scale is None else scale
-    return _FlashAttention.apply(q, k, v, cu_seqlens_q, cu_seqlens_k, max_q, max_k, causal, scale,
+    return _FlashAttention.apply(q, k, v, _dense(cu_seqlens_q), _dense(cu_seqlens_k), max_q, max_k, causal, scale,
                                  torch.empty_like if covered else torch.zeros_like)
 
 # --- paged attention: decoding against a cache in pages --------------------------------------------------------------
@@ -401,7 +396,8 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError("k_cache and v_cache must have the same strides, the last one 1")
     (batch, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
-    q, group, padded = q.contiguous(), heads // kv_heads, _power_of_two(dim, 16)
+    q, block_table, context_lens = q.contiguous(), _dense(block_table), _dense(context_lens)
+    group, padded = heads // kv_heads, _power_of_two(dim, 16)
     tiles = _paged_tiles(batch * kv_heads, block_table.shape[1] * page, _processors(q.device))
     splits, out = tiles["SPLITS"], torch.empty_like(q)
     parts = out if splits == 1 else q.new_empty(splits, *q.shape, dtype=torch.float32)
@@ -432,8 +428,8 @@ def store_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         k_cache[slot_mapping], v_cache[slot_mapping] = k, v
         return
     k, v = (x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous() for x in (k, v))
-    width = k.shape[1] * k.shape[2]
-    _store_kv[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), width, _power_of_two(width))
+    width, slots = k.shape[1] * k.shape[2], _dense(slot_mapping)
+    _store_kv[(len(k),)](k, v, k_cache, v_cache, slots, k.stride(0), v.stride(0), width, _power_of_two(width))
 
 # --- rms norm --------------------------------------------------------------------------------------------------------
 
@@ -509,7 +505,7 @@ def _norm_tiles(width: int, backward: bool) -> dict:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps, residual):
-        h = _dense(x.reshape(-1, x.shape[-1]))
+        h, weight = _dense(x.reshape(-1, x.shape[-1])), _dense(weight)
         (rows, width), tiles = h.shape, _norm_tiles(h.shape[1], False)
         out, rstd = x.new_empty(x.shape), x.new_empty(rows, dtype=torch.float32)
         summed = None if residual is None else x.new_empty(x.shape)
@@ -650,7 +646,7 @@ class _Rotary(torch.autograd.Function):
     """x is q; or, without k, it is q, k and v side by side, and so is its gradient: nothing has to be put together."""
     @staticmethod
     def forward(ctx, x, k, q_norm, k_norm, cos, sin, positions, eps, kv_heads):
-        merged, x = k is None, _dense(x)
+        merged, x, positions = k is None, _dense(x), _dense(positions)
         q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1) if merged else (x, _dense(k), None)
         outs, sizes = _launch_rotary(q, k, q_norm, k_norm, cos, sin, positions, eps, 1)
         ctx.save_for_backward(x if merged else None, q_norm, k_norm, cos, sin, positions)
@@ -680,8 +676,7 @@ def rotary_reference(q, k, cos, sin, positions):
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype).split([q.shape[1], k.shape[1]], 1)
 
 def _tables(cos, sin, dim):
-    """The first halves, with one stride for both."""
-    cos, sin = cos[:, :dim // 2], sin[:, :dim // 2]
+    cos, sin = _dense(cos[:, :dim // 2]), _dense(sin[:, :dim // 2])
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -699,8 +694,7 @@ def qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm=None,
     return *rotary_reference(q, k, cos, sin, positions), v
 
 def qkv_rotary(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor, positions: Tensor,
-               q_norm: Tensor | None = None, k_norm: Tensor | None = None,
-               eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+               q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 1e-6) -> tuple[Tensor, ...]:
     """q, k and v as attention wants them, out of the one product that made them, [tokens, (heads + 2 * kv_heads) *
     dim]: q and k normalised head by head (Qwen3; or not) and turned, v as it is."""
     dim = qkv.shape[1] // (heads + 2 * kv_heads)
@@ -1069,6 +1063,7 @@ def sample(logits: Tensor, temperature, top_k, top_p, seeds: Tensor, positions: 
                 for x, kind in zip((temperature, top_k, top_p, seeds, positions), kinds)]
     if not _on_triton(logits):
         return sample_reference(logits, *settings)[:3 if return_full else 2]
+    logits = _dense(logits)
     out = tuple(logits.new_empty(len(logits), dtype=kind) for kind in (torch.int64, torch.float32, torch.float32))
     _sample[(len(logits),)](logits, *settings, *out, logits.stride(0), logits.shape[1], num_warps=8,
                             SHIFT=16 if logits.dtype == torch.bfloat16 else 0,      # the lower half of a bf16 is zeros
@@ -1214,7 +1209,9 @@ def main():
     logits, row = torch.randn(8, 500, device=device), torch.arange(8, device=device)
     tokens = [f(logits, *(torch.full([8], x, device=device) for x in (0.8, 50, 0.9)), row, row)[0]
               for f in (sample, sample_reference)]
-    print(f"  {'sample':22}the same tokens: {torch.equal(*tokens)}")
+    if not torch.equal(*tokens):
+        sys.exit("sample is wrong")
+    print(f"  {'sample':22}the same tokens")
     if device == "cuda":
         benchmark()
 

@@ -2834,6 +2834,29 @@ def interpreted_strangers():
         *(x.contiguous() for x in parts), ends([33]))), 0
 
 
+def interpreted_columns():
+    """What comes as a column of a matrix, or as a transposed one, is taken for what it says."""
+    def column(x):
+        return torch.stack([x, x.flip(0)], -1)[..., 0]
+
+    q, k, v = qkv(4, 2, 64, [2, 4])
+    weight, angles, positions = randn(64), randn(32, 50), torch.tensor([7, 0, 49, 3, 3, 20])
+    logits, rows, cache = randn(40, 6), torch.arange(6), paged(2, 4, 2, 64, 16, [40, 3])
+    for what, call, inputs in (
+            ("flash_attention", lambda *x: K.flash_attention(q, k, v, *x), [ends([2, 4])]),
+            ("paged_attention", lambda *x: K.paged_attention(*cache[:3], *x), cache[3:]),
+            ("rms_norm", lambda *x: K.rms_norm(q, *x), [weight]),
+            ("rotary", lambda *x: K.rotary(q, k, angles.cos().T.contiguous(), angles.sin().T.contiguous(), *x)[0],
+             [positions]),
+            ("tables", lambda *x: K.rotary(q, k, *x, positions)[1], [angles.cos().T, angles.sin().T]),
+            ("sample", lambda *x: K.sample(*x, 1.0, 9, 0.9, rows, rows)[1], [logits.T])):
+        yield what, relative(call(*map(column, inputs)), call(*(x.contiguous() for x in inputs))), 0
+    into = torch.zeros(2, 2, 1, 16, 2, 64)
+    for cells, slots in zip(into, (rows, column(rows))):
+        K.store_kv(k, v, *cells, slots)
+    yield "store_kv", relative(into[1], into[0]), 0
+
+
 def interpreted_paged(dtype=torch.float32, bound=1e-6):
     for heads, kv, dim, page, lengths in ((9, 3, 80, 16, [1, 7, 64, 65, 200]), (8, 1, 64, 4, [63, 0, 130]),
                                           (4, 4, 128, 256, [1000, 3]), (4, 1, 256, 16, [40]),
@@ -2959,8 +2982,8 @@ def interpreted_bf16():
     yield from interpreted_head(torch.bfloat16, (4e-3, 4e-3))
 
 
-INTERPRETED = ["attention", "covered", "neighbours", "strangers", "paged", "rows", "head", "slices", "sampling",
-               "optimizer", "bf16"]
+INTERPRETED = ["attention", "covered", "neighbours", "strangers", "columns", "paged", "rows", "head", "slices",
+               "sampling", "optimizer", "bf16"]
 
 
 def interpret():
