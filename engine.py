@@ -64,7 +64,7 @@ class SamplingParams:
     max_tokens: int | None = 16                         # None: until max_model_len
     stop: str | list[str] | None = None                 # text that ends the output, and is left out of it
     stop_token_ids: list[int] | None = None             # like the model's own end-of-sequence tokens
-    ignore_eos: bool = False
+    ignore_eos: bool = False                            # go on past the model's own end-of-sequence tokens
     logprobs: int | None = None     # for vLLM's programs; the logprob of every token comes in any case, as a float
 
     def __post_init__(self):
@@ -98,10 +98,10 @@ class Request:
     tokens: list[int]                                   # known here: the prompt, then what was read from the device
     params: SamplingParams
     limit: int                                          # tokens in all at which it ends
-    stops: frozenset[int]
+    stops: frozenset[int]                               # tokens that end it, with the model's own
     seed: int
     siblings: list["Request"]                           # the n samples of the prompt, this one too
-    text: "Text | None" = None                          # only where text is wanted before the end
+    reader: "Text | None" = None                        # of its text, only where that is wanted before the end
     prompt_len: int = 0
     total: int = 0
     computed: int = 0
@@ -129,9 +129,9 @@ class Request:
 # --- pages: who holds which block of the cache, and what stands in it ------------------------------------------------
 
 class Blocks:
-    """The cache is `count` pages of `size` tokens. A page has as many references as running requests use it; without
-    any it is free, but keeps what it holds, and is found again by it until it is given out anew, oldest first. So the
-    list of free pages IS the prefix cache.
+    """The cache is `count` pages, which vLLM calls blocks, of `size` tokens. A page has as many references as running
+    requests use it; without any it is free, but keeps what it holds, and is found again by it until it is given out
+    anew, oldest first. So the list of free pages IS the prefix cache.
 
         name of the prefix before + its tokens -> page         {(0, (5, 1)): page 7, (31, (8, 8)): page 2, ...}
         page -> name of the prefix that ends with it           name of page 7 = 31
@@ -247,8 +247,8 @@ class Scheduler:
                 request.pages.append(page)
             elif self._preempt() is request:
                 return False
-        # At once, before the step has run: it writes keys and values of a layer before it reads them, so siblings in
-        # the same step may share them already.
+        # Full pages are remembered at once, before the step has run: it writes keys and values of a layer before it
+        # reads them, so siblings in the same step may share them already.
         while (request.remembered + 1) * size <= min(end, len(request.tokens)):
             page, start = request.pages[request.remembered], request.remembered * size
             request.prefix = self.blocks.remember(page, request.prefix, request.tokens, start)
@@ -256,7 +256,7 @@ class Scheduler:
         return True
 
     def advance(self, batch: list[Request]) -> list[bool]:
-        """After the step is launched: the counters as they will be. True for requests that it samples a token of."""
+        """After the step is launched: the counters as they will be. True for requests that it samples a token for."""
         sampled = []
         for request in batch:
             request.computed += request.scheduled
@@ -266,12 +266,13 @@ class Scheduler:
 
     def _preempt(self) -> Request:
         """The youngest goes back to the front of the queue."""
-        self.finish(request := self.running[-1])
+        self.remove(request := self.running[-1])
         self.waiting.appendleft(request)
         self.preemptions += 1
         return request
 
-    def finish(self, request: Request) -> None:
+    def remove(self, request: Request) -> None:
+        """Takes it out, from where it waits or runs; its pages and its seat are free."""
         if request.seat < 0:
             return self.waiting.remove(request)
         self.running.remove(request)
@@ -368,7 +369,7 @@ class Runner:
         return [c.num_hidden_layers, 2, pages, self.page, self.kv_heads, c.head_dim]
 
     def room(self, utilization: float, max_tokens: int) -> int:
-        """Pages that fit beside weights and activations."""
+        """Pages that fit beside weights and what a step holds: generously many elements a token, 16 bytes a logit."""
         page_bytes, most = math.prod(self.cache_shape(1)) * self.dtype.itemsize, self.seats * self.width
         if not self.on_gpu:                                                     # memory that is only touched when used
             return min(most, max(self.width, 2**30 // page_bytes))
@@ -487,11 +488,10 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, texts: list[list[int]], temperature: float) -> list[list[float]]:
-        """Each text whole and packed, past the cache."""
+        """Each text whole, packed side by side, without the cache."""
         lengths = [len(text) for text in texts]
         ends = self._send(np.cumsum([0, *lengths], dtype=np.int32))
-        tokens = self._send(np.concatenate(texts))
-        positions = self._send(np.concatenate([np.arange(n) for n in lengths]))
+        tokens, positions = (self._send(np.concatenate(x)) for x in (texts, [np.arange(n) for n in lengths]))
         hidden = self.model(tokens, positions, packed(ends, max(lengths)))
         targets = tokens.roll(-1).index_fill_(0, ends[1:].long() - 1, -100)     # nothing follows the last token
         logprobs, _ = self.model.logprobs(hidden, targets, temperature)
@@ -587,15 +587,16 @@ class LLM:
 
     def _requests(self, prompt, params: SamplingParams | None, number: int) -> list[Request]:
         """The n siblings of the number-th prompt, or a ValueError. Nothing is changed yet."""
-        params, pool = SamplingParams() if params is None else params, self.scheduler.blocks
+        params = SamplingParams() if params is None else params
         _require(isinstance(params, SamplingParams), f"sampling_params has to be a SamplingParams, not {params!r:.80}")
         text, ids = self._token_ids(prompt)
         _require(len(ids) < self.max_model_len, f"the prompt has {len(ids)} tokens, and max_model_len = "
                  f"{self.max_model_len} leaves no room for an answer; shorten it or raise max_model_len")
         limit = min(len(ids) + (self.max_model_len if params.max_tokens is None else params.max_tokens),
                     self.max_model_len)
-        _require(limit - 1 <= pool.count * pool.size, f"prompt and max_tokens come to {limit} tokens, and the cache "
-                 f"has {pool.count * pool.size}; lower max_tokens or raise num_gpu_blocks_override")
+        room = self.scheduler.blocks.count * self.scheduler.blocks.size         # the last token takes none of it
+        _require(limit - 1 <= room, f"prompt and max_tokens come to {limit} tokens, and the cache has {room}; lower "
+                 "max_tokens or raise num_gpu_blocks_override")
         _require(not params.stop or self.tokenizer is not None, "stop strings need a tokenizer; use stop_token_ids")
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         seed = _derived(self.seed, number) if params.seed is None else params.seed % 2**63
@@ -662,14 +663,14 @@ class LLM:
         if token in request.stops:
             request.stop_reason = token if token in request.params.stop_token_ids else None
             self._finish(request, "stop")
-        elif request.text and (stop := request.text.push(request.tokens[request.prompt_len:])):
+        elif request.reader and (stop := request.reader.push(request.tokens[request.prompt_len:])):
             request.stop_reason = stop
             self._finish(request, "stop")
         elif len(request.tokens) == request.limit:
             self._finish(request, "length")
 
     def _finish(self, request: Request, reason: str) -> None:
-        self.scheduler.finish(request)
+        self.scheduler.remove(request)
         request.finish_reason = reason
         if all(r.finish_reason for r in request.siblings):
             outputs = [CompletionOutput(i, self._text(r), r.tokens[r.prompt_len:], r.logprobs, r.versions,
@@ -681,7 +682,7 @@ class LLM:
     def _text(self, request: Request) -> str:
         ids = request.tokens[request.prompt_len:]
         if isinstance(request.stop_reason, str):
-            return request.text.text
+            return request.reader.text
         if request.finish_reason == "stop":                         # the token that ended it is no text
             ids.pop()
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
@@ -722,9 +723,8 @@ class LLM:
         _require(self.tokenizer is not None and self.tokenizer.chat_template, "this model has no chat template")
         conversations = [messages] if messages and isinstance(messages[0], dict) else messages
         settings = dict(tokenize=False, add_generation_prompt=True) | (chat_template_kwargs or {})
-        texts = [self.tokenizer.apply_chat_template(talk, **settings) for talk in conversations]
         prompts = [{"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-                   for text in texts]
+                   for text in (self.tokenizer.apply_chat_template(talk, **settings) for talk in conversations)]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -732,11 +732,11 @@ class LLM:
         siblings = self._requests(prompt, sampling_params, self.count)
         _require(len(siblings) == 1 and self.tokenizer is not None, "stream wants n = 1 and a tokenizer")
         request, request_id = siblings[0], self._enqueue(siblings)
-        request.text = request.text or Text(self.tokenizer, [])
+        request.reader = request.reader or Text(self.tokenizer, [])
         try:
             while request.finish_reason is None:
                 self._step()
-                if piece := request.text.piece(self._text(request) if request.finish_reason else None):
+                if piece := request.reader.piece(self._text(request) if request.finish_reason else None):
                     yield piece
         finally:                                                    # also when nobody wants the rest
             self.abort(request_id)
@@ -791,7 +791,7 @@ class Arguments:
     bench: bool = field(default=False, metadata={"help": "only the table of speeds"})
 
 def workload(count: int, length: Callable = lambda rng: int(4 * 64 ** rng.random()), seed: int = 0) -> tuple:
-    """Random prompts and answers, which end nowhere before: 4 to 256 tokens, many of them short and a few long."""
+    """Random prompts, and settings for answers of random lengths: 4 to 256 tokens, many of them short, a few long."""
     rng, words = random.Random(0), random.Random(seed)                  # another seed: other words of the same lengths
     prompts = [[words.randrange(256) for _ in range(length(rng))] for _ in range(count)]
     return prompts, [SamplingParams(temperature=0.6, ignore_eos=True, max_tokens=length(rng)) for _ in range(count)]
@@ -839,8 +839,8 @@ def timed(call: Callable) -> float:
     return time.perf_counter() - start                                                              # seconds
 
 def watch(llm: LLM, prompts: list, params: list[SamplingParams]) -> str:
-    """Where the time of a decode step goes: all of it, the graph alone, attention alone."""
-    timed(lambda: [llm.add_request(*x) for x in zip(prompts, params)] + [llm.step() for _ in range(50)])    # prompts
+    """Where the time of a decode step goes, once prompts are computed: all of it, the graph alone, attention alone."""
+    timed(lambda: [llm.add_request(*x) for x in zip(prompts, params)] + [llm.step() for _ in range(50)])
     step = timed(lambda: [llm.step() for _ in range(50)]) / 50
     runner, (graph, x, _) = llm.runner, llm.runner.graphs[max(llm.runner.graphs)]
     busy = timed(lambda: [graph.replay() for _ in range(50)]) / 50
