@@ -70,12 +70,12 @@ class SamplingParams:
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         self.stop_token_ids = list(self.stop_token_ids or ())
-        number = (int, float, np.number)
+        real = (int, float, np.number)
         _require(_whole(self.n) and self.n >= 1, f"n = {self.n!r}: ask for one sample or more")
-        _require(isinstance(self.temperature, number) and 0 <= self.temperature < math.inf,
-                 f"temperature = {self.temperature!r}: take 0 (greedy) or a positive number")
-        _require(isinstance(self.top_p, number) and 0 < self.top_p <= 1, f"top_p = {self.top_p!r}: take it from (0, 1]")
-        _require(_whole(self.top_k) and self.top_k >= -1, f"top_k = {self.top_k!r}: take -1 (all) or a count of tokens")
+        _require(isinstance(self.temperature, real) and (self.temperature == 0 or 1e-9 <= self.temperature < math.inf),
+                 f"temperature = {self.temperature!r}: take 0 (greedy) or 1e-9 and more, or logits would overflow")
+        _require(isinstance(self.top_p, real) and 0 < self.top_p <= 1, f"top_p = {self.top_p!r}: take it from (0, 1]")
+        _require(_whole(self.top_k) and -1 <= self.top_k < 2**63, f"top_k = {self.top_k!r}: take -1 (all) or a count")
         _require(self.seed is None or _whole(self.seed), f"seed = {self.seed!r}: take an integer or None")
         _require(self.max_tokens is None or _whole(self.max_tokens) and self.max_tokens >= 0,
                  f"max_tokens = {self.max_tokens!r}: take 0 or more, or None for as many as fit")
@@ -214,10 +214,8 @@ class Scheduler:
             if request.seat >= 0 and request.scheduled and self._grow(request):
                 batch.append(request)
                 budget -= request.scheduled
-        while self.waiting and self.seats and budget and self.preemptions == preemptions:
-            request = self.waiting[0]
-            if not self._admit(request):
-                break
+        while (self.waiting and self.seats and budget and self.preemptions == preemptions
+               and self._admit(request := self.waiting[0])):
             self.running.append(self.waiting.popleft())
             request.scheduled = min(request.needed, budget)
             self._grow(request)
@@ -542,9 +540,10 @@ class LLM:
                  async_scheduling: bool | None = None, seed: int = 0, device: str | None = None):
         folder = local_folder(model)
         config = Config.from_pretrained(folder)
-        self.max_model_len = max_model_len or config.max_position_embeddings
+        self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
         for name, value in dict(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
-                                block_size=block_size, max_model_len=self.max_model_len).items():
+                                block_size=block_size, max_model_len=self.max_model_len, num_gpu_blocks_override=
+                                1 if num_gpu_blocks_override is None else num_gpu_blocks_override).items():
             _require(_whole(value) and value >= 1, f"{name} = {value!r}: take a positive integer")
         _require(self.max_model_len <= config.max_position_embeddings, f"max_model_len = {self.max_model_len}: the "
                  f"model knows positions up to {config.max_position_embeddings}")
@@ -774,7 +773,7 @@ class LLM:
         """The logprob of each token given those before it, under softmax(logits / temperature); of the first, which
         has none before it, 0. Requests in flight are not touched."""
         texts = [self._token_ids(text)[1] for text in texts]
-        _require(isinstance(temperature, (int, float)) and 0 < temperature < math.inf, "temperature has to be positive")
+        _require(isinstance(temperature, (int, float)) and 1e-9 <= temperature < math.inf, "take a temperature above 0")
         _require(all(len(text) <= self.max_model_len for text in texts), "a text is longer than max_model_len")
         ends = itertools.accumulate(map(len, texts))                # in groups of about the tokens of a step
         groups = itertools.groupby(zip(texts, ends), lambda pair: pair[1] // self.scheduler.budget)

@@ -4408,6 +4408,7 @@ def test_chat_uses_the_models_template(llm):
     ([1.5, 2], {}, "token ids"), (None, {}, "prompt"), ({}, {}, "prompt"), (["a", 3], {}, "prompt"),
     ([1] * 100, {"max_tokens": 100}, "num_gpu_blocks_override"), ([1], {"n": 0}, "n = 0"), ([1], {"n": 1.5}, "n = 1.5"),
     ([1], {"temperature": -0.1}, "temperature"), ([1], {"temperature": math.nan}, "temperature"),
+    ([1], {"temperature": 1e-39}, "temperature"), ([1], {"top_k": 2**63}, "top_k"),
     ([1], {"top_p": 0}, "top_p"), ([1], {"top_p": 1.1}, "top_p"), ([1], {"top_k": -2}, "top_k"),
     ([1], {"max_tokens": -1}, "max_tokens"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [3]}, "stop"),
     ([1], {"stop_token_ids": ["a"]}, "stop_token_ids"), ([1], {"seed": "x"}, "seed"), ([1], {"logprobs": 5}, "logprob"),
@@ -4428,6 +4429,7 @@ def small_pool(tiny):
 
 def test_bad_settings_are_refused_in_words(tiny, tmp_path):
     for wrong, says in ((dict(max_num_seqs=0), "max_num_seqs"), (dict(max_model_len=10**6), "positions up to"),
+                        (dict(max_model_len=0), "max_model_len"), (dict(num_gpu_blocks_override=-3), "num_gpu_blocks"),
                         (dict(dtype="int7"), "dtype"), (dict(tensor_parallel_size=0), "tp"),
                         (dict(tensor_parallel_size=2), "torchrun")):
         with pytest.raises(ValueError, match=says):
