@@ -747,7 +747,7 @@ class LLM:
         under the new weights ("retract"), or end as they are ("abort"). The version goes with every token from here."""
         _require(mode in ("retract", "abort"), f"mode = {mode!r}: take 'retract' or 'abort'")
         self._settle()
-        self.model.load_hf(read_folder(local_folder(source)) if isinstance(source, (str, Path)) else source)
+        self.model.load_hf(dict(read_folder(local_folder(source))) if isinstance(source, (str, Path)) else source)
         self.weight_version = self.weight_version + 1 if version is None else version
         for request_id in list(self.requests) if mode == "abort" else ():
             self.abort(request_id)
@@ -822,8 +822,8 @@ def demo() -> None:
 def answer(arguments: Arguments, prompt: str) -> None:
     llm = LLM(arguments.model, tensor_parallel_size=arguments.tensor_parallel_size, max_num_seqs=1)
     if llm.tokenizer is not None and llm.tokenizer.chat_template:
-        prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
-                                                   add_generation_prompt=True)
+        prompt = llm.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True,
+                                                   return_dict=False)
     params = SamplingParams(temperature=arguments.temperature, max_tokens=arguments.max_tokens)
     for piece in itertools.chain(llm.stream(prompt, params), "\n"):
         print(piece if llm.mesh.tp_rank == 0 else "", end="", flush=True)
@@ -889,6 +889,7 @@ def main() -> None:
     parser = transformers.HfArgumentParser(Arguments, description="see the first lines of engine.py")
     parser.add_argument("prompt", nargs="*")
     arguments, rest = parser.parse_args_into_dataclasses()
+    _require(bool(arguments.model) == bool(rest.prompt), "give --model and a question, or neither")
     if arguments.model:
         return answer(arguments, " ".join(rest.prompt))
     if not arguments.bench:

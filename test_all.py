@@ -4534,6 +4534,10 @@ def test_weights_come_from_a_state_dict_a_folder_or_read_only_arrays(tiny, tmp_p
         engine.update_weights(new, mode="hope")
     with pytest.raises(FileNotFoundError):
         engine.update_weights(str(tmp_path / "nowhere"))
+    another = P.tiny_model(tmp_path / "another", num_hidden_layers=2, hidden_size=64, intermediate_size=96, seed=1,
+                           num_key_value_heads=1)
+    with pytest.raises(ValueError, match="the model wants"):
+        engine.update_weights(another)
     assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == want and engine.weight_version == 40
 
 
@@ -4754,8 +4758,25 @@ def test_engine_demo_runs_and_the_terminal_answers(tiny):
     llm = LLM(tiny, max_num_seqs=1)
     want, = llm.chat([{"role": "user", "content": "2 + 2?"}], SamplingParams(temperature=0, max_tokens=20), False)
     assert answer.returncode == 0 and answer.stdout.strip() == want["text"].strip(), answer.stderr
-    wrong = subprocess.run([*run, "--tempreature", "0"], **settings)
-    assert wrong.returncode != 0 and "tempreature" in wrong.stderr
+    for words, says in ((["--tempreature", "0"], "tempreature"), (["2 + 2?"], "give --model")):
+        wrong = subprocess.run([*run, *words], **settings)
+        assert wrong.returncode != 0 and says in wrong.stderr
+
+
+def test_the_terminal_adds_no_special_tokens_to_those_of_the_template(tiny, tmp_path, capsys):
+    for file in Path(tiny).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    first = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
+        "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [256], "tokens": ["<|endoftext|>"]}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    E.answer(E.Arguments(str(tmp_path), temperature=0, max_tokens=20), "2 + 2?")
+    llm = LLM(str(tmp_path), max_num_seqs=1)
+    assert llm.generate("2", SamplingParams(), False)[0].prompt_token_ids[0] == 256
+    want, = llm.chat([{"role": "user", "content": "2 + 2?"}], SamplingParams(temperature=0, max_tokens=20), False)
+    assert 256 not in want.prompt_token_ids and capsys.readouterr().out.strip() == want["text"].strip()
 
 
 @gpu
