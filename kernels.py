@@ -134,7 +134,7 @@ def _weigh(scores, scale, v_tile, acc, m, mass):
 
 @triton.jit
 def _slot(start, sequence):
-    """Where a sequence's rows lie in lse and delta: each starts a new 128, so that a tile of rows is never shared."""
+    """Where a sequence's rows lie in lse and delta: from a multiple of 128 on, so that no tile has two owners."""
     return (start // 128 + sequence) * 128
 
 @triton.jit
@@ -230,13 +230,13 @@ def _attention_backward_kv(q, k, v, dout, lse, delta, dk, dv, cu_q, cu_k, k_stri
     for head in tl.range(kv_head * GROUP, kv_head * GROUP + GROUP):
         for masked in tl.static_range(1 if CAUSAL else 0, -1, -1):
             for m in tl.range(low if masked else full, full if masked else q_len, BM):
-                q_tile, minus = _read(q, q_start, q_len, m, head), tl.zeros([BN, BM], tl.float32)
-                p = tl.exp2(_dot(k_tile, q_tile.T, minus - lse.load([head, slot + m])) * (scale * LOG2E))
+                q_tile, zeros = _read(q, q_start, q_len, m, head), tl.zeros([BN, BM], tl.float32)
+                p = tl.exp2(_dot(k_tile, q_tile.T, zeros - lse.load([head, slot + m])) * (scale * LOG2E))
                 if masked:                                                                          # [BN, BM]
                     p = tl.where(keys[:, None] <= (m + tl.arange(0, BM))[None, :] + (k_len - q_len), p, 0.0)
                 dout_tile = _read(dout, q_start, q_len, m, head)
                 dv_acc = _dot(_narrow(p, dout.dtype), dout_tile, dv_acc)
-                ds = p * _dot(v_tile, dout_tile.T, minus - delta.load([head, slot + m]))
+                ds = p * _dot(v_tile, dout_tile.T, zeros - delta.load([head, slot + m]))
                 dk_acc = _dot(_narrow(ds, q.dtype), q_tile, dk_acc)
     _write(dk, k_start, k_len, row, kv_head, dk_acc * scale)
     _write(dv, k_start, k_len, row, kv_head, dv_acc)
@@ -357,7 +357,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, out, lse, q_stri
     mass = tl.where(mass > 0, mass, 1.0)                                            # an empty split weighs nothing
     at = (split * tl.num_programs(1) + sequence).to(tl.int64) * tl.num_programs(0) * GROUP + heads
     tl.store(out + at[:, None] * D + dims[None, :], _narrow(acc / mass[:, None], out.dtype.element_ty), mask=mine)
-    tl.store(lse + at, m + tl.log2(mass), mask=rows < GROUP)
+    tl.store(lse + at, m + tl.log2(mass), mask=rows < GROUP)                        # in base 2, scale included
 
 @triton.jit(do_not_specialize=["entries"])
 def _paged_merge(parts, lse, out, entries, SPLITS: constexpr, D: constexpr, DIM: constexpr):
