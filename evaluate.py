@@ -88,7 +88,7 @@ def plain(answer: str) -> str:
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
     if _GROUPED.fullmatch(answer):
         return re.sub(r"[^\d.+-]", "", answer)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer)         # not between digits: 1 2 is not 12
+    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(answer.split()))          # not between digits: 1 2 is not 12
 
 def number(answer: str) -> Fraction | None:
     """The exact value, if it is a plain integer, decimal or fraction."""
@@ -294,7 +294,8 @@ def majority(samples: list[dict]) -> float:
     votes = collections.defaultdict(list)
     for sample in samples:
         if sample["answer"] is not None:
-            votes[str(number(sample["answer"]) or plain(sample["answer"]))].append(sample["score"])
+            value = number(sample["answer"])
+            votes[plain(sample["answer"]) if value is None else value].append(sample["score"])
     most = max(map(len, votes.values()), default=0)
     return float(np.mean([max(scores) for scores in votes.values() if len(scores) == most])) if votes else 0.0
 

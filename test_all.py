@@ -5549,6 +5549,7 @@ GOLDEN = [
     ("\\frac{1}{-2}", "-\\frac{1}{2}", 1), ("\\frac{1}{3}", "\\frac{1}{2}", 0), ("0.333333", "\\frac13", 1),
     ("0.33", "\\frac13", 0), ("3\\frac{1}{2}", "\\frac{7}{2}", 1), ("3\\frac{1}{2}", "3.5", 1), ("1/0", "0", 0),
     ("100000000000000000000001", "100000000000000000000000", 0), ("10^{3}", "1000", 1), ("1 2", "12", 0),
+    ("1 \n 2", "12", 0),
     ("1\\times10^3", "1000", 1), ("3:2", "\\frac{3}{2}", 1), ("9" * 500, "9" * 499, 0), ("0", "-0", 1),
     # units, money, percent, degrees
     ("5\\text{ cm}", "5", 1), ("5", "5\\text{ cm}", 1), ("5\\,\\mathrm{m/s}", "5", 1), ("\\$5.00", "5", 1),
@@ -5880,6 +5881,7 @@ def test_majority_counts_spellings_of_one_number_as_one_vote():
     vote = ev.majority
     assert vote([scored(0, 1, "0.5"), scored(0, 1, "\\frac12"), scored(0, 0, "3")]) == 1
     assert vote([scored(0, 1, "0.5"), scored(0, 0, "3"), scored(0, 0, "3")]) == 0
+    assert vote([scored(0, 1, "0"), scored(0, 1, "0.0"), scored(0, 0, "3")]) == 1
     assert vote([scored(0, 1, "0.5"), scored(0, 0, "3")]) == 0.5           # by lot
     assert vote([scored(0, 0, None), scored(0, 0, None), scored(0, 1, "5")]) == 1
     assert vote([scored(0, 0, None)]) == 0
