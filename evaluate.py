@@ -388,9 +388,7 @@ class Generator:
     async def answer(self, problem: str, params: dict) -> list[dict]:
         """Whoever waits takes the next step for all; so nobody waits for a batch to be full, or to be done."""
         from engine import SamplingParams
-        prompt = self.llm.tokenizer.apply_chat_template(chat_messages(problem), tokenize=False,
-                                                        add_generation_prompt=True, enable_thinking=False)
-        tokens = self.llm.tokenizer.encode(prompt, add_special_tokens=False)
+        _, (tokens,) = chat_prompts([{"problem": problem}], self.llm.tokenizer)
         request = self.llm.add_request(tokens, SamplingParams(**params))
         while request not in self.finished:
             self.finished |= {output.request_id: output for output in self.llm.step() if output.finished}
@@ -457,26 +455,29 @@ def labels(models: list[str]) -> list[str]:
 
 def run(config: Config) -> dict:
     """Every model, and what they say side by side, in --out."""
-    out, models, names = Path(config.out), {}, labels(config.model)
-    settings = dataclasses.asdict(config)
+    out, settings, names, models = Path(config.out), dataclasses.asdict(config), labels(config.model), {}
     if out.exists() and any(out.iterdir()):
         if not config.resume:
             raise ValueError(f"{out} holds another run already: choose another --out, or --resume it")
         before = json.loads((out / "config.json").read_text())
         for name in ("data", "limit", "n", "temperature", "top_p", "top_k", "max_tokens", "seed"):
-            if before[name] != settings[name]:
-                raise ValueError(f"{out} was made with {name} = {before[name]}, not {settings[name]}")
-    for model in config.model:
+            if before.get(name) != settings[name]:
+                raise ValueError(f"{out} was made with {name} = {before.get(name)}, not {settings[name]}")
+    files = [out / (re.sub(r"[^\w.-]+", "_", model).strip("._") + ".arrow") for model in config.model]
+    if len(set(files)) < len(files):                    # as those of a/b and a_b
+        raise ValueError(f"the samples of two of {', '.join(config.model)} would be one file; give each an --out")
+    for file, model in zip(files, config.model):
         check_model(model)
+        if file.exists() and (other := al.read(file)[0]["model"]) != model:
+            raise ValueError(f"{file} has the samples of {other}, not of {model}; choose another --out")
     problems = load_problems(config.data)[:config.limit or None]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print("\n".join(f"{name:12} {value}" for name, value in settings.items()))
-    for name, model in zip(names, config.model):
-        path = out / (re.sub(r"[^\w.-]+", "_", model).strip("._") + ".arrow")
-        if not path.exists():
-            al.write(evaluate(model, problems, config)[0], path)
-        models[name] = al.read(path).to_pylist()
+    for name, file, model in zip(names, files, config.model):
+        if not file.exists():
+            al.write(evaluate(model, problems, config)[0], file)
+        models[name] = al.read(file).to_pylist()
     print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
     scores = {name: summarize(samples) for name, samples in models.items()}
     (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")

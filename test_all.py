@@ -5942,6 +5942,24 @@ def test_two_models_are_evaluated_side_by_side_from_the_command_line(two_models,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["n"] == 2
 
 
+def test_one_model_is_never_scored_by_the_samples_of_another(tmp_path, monkeypatch):
+    for folder in ("a", "here/a", "here/out"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path / "here")
+    al.Table.from_pylist(ev.arithmetic(2)).to_jsonl("sums.jsonl")
+    config = ev.Config(["a", "../a"], "sums.jsonl", out="scores")
+    with pytest.raises(ValueError, match="samples of two of a, ../a would be one file"):
+        ev.run(config)
+    with pytest.raises(ValueError, match="out was made with data = None, not sums.jsonl"):
+        ev.run(replace(config, out="out", resume=True))                    # of something else than an evaluation
+    Path("out", "config.json").write_text(json.dumps(vars(config)))
+    al.write(al.Table.from_pylist([scored(0, 1, model="a")]), "out/a.arrow")
+    with pytest.raises(ValueError, match="a.arrow has the samples of a, not of ../a"):
+        ev.run(replace(config, model=["../a"], out="out", resume=True))
+    assert not Path("scores").exists()
+
+
 def test_one_engine_or_two_give_the_same_samples_and_another_seed_others(fresh_actors, two_models):
     problems = ev.arithmetic(4, held_out=True)
     tables = []
