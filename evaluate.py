@@ -16,8 +16,8 @@ Public names
     python evaluate.py                                                  the demo, in under a minute
     python evaluate.py --model Qwen/Qwen3-0.6B --data math500 --n 8     pass@1, mean@8, pass@8, maj@8, on every GPU
     python evaluate.py --model runs/sft runs/ppo --data test.jsonl      two models, and their paired difference
-    python evaluate.py show evaluation/ppo.arrow --verdict wrong        reads samples as a person would
-    python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held-out: test)
+    python evaluate.py show evaluation/runs_ppo.arrow --verdict wrong   reads samples as a person would
+    python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held_out: test)
     python evaluate.py problems --data HUB/ID --model M --out F.jsonl   those worth learning from: not guessed, not long
 """
 import argparse, asyncio, collections, dataclasses, functools, itertools, json, logging, math, os, random, re, resource
@@ -45,7 +45,7 @@ class Config:
     max_tokens: int = 3072          # of an answer; one that is cut off here counts as truncated
     seed: int = 0                   # the same seed gives the same samples
     graders: int = 0                # processes that grade; 0: one a CPU core
-    deadline: float = 5.0           # seconds for one answer, then its grader is killed and the answer is wrong
+    deadline: float = 5.0           # seconds for one answer, then its grader is killed and its score is 0
     device: str | None = None       # cpu; otherwise every GPU there is
     memory: float = 0.9             # share of a GPU's memory that an engine takes
     dtype: str | None = None        # bfloat16, float32; otherwise what suits the device
@@ -80,10 +80,10 @@ _NUMBER = re.compile(r"([+-]?)(?:\\frac\{(\d{1,40})\}\{(\d{1,40})\}|\\frac(\d)(\
                      r"|(\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}))")
 
 def tidy(answer: str) -> str:
-    return re.sub(r"(?<!\\right)\.$", "", answer.strip())       # a full stop, which math-verify cannot read
+    return re.sub(r"(?<!\\right)\.$", "", answer.strip())       # no full stop, which math-verify cannot read
 
 def plain(answer: str) -> str:
-    """One spelling for what differs in typesetting alone."""
+    """One spelling of answers that differ in typesetting alone."""
     answer = tidy(re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\?\$", "", tidy(answer)))
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
     if _GROUPED.fullmatch(answer):
@@ -100,8 +100,8 @@ def number(answer: str) -> Fraction | None:
     return Fraction(sign + "1") * Fraction("/".join(parts))
 
 def quick(answer: str, gold: str) -> bool | None:
-    """What needs no sympy, and is never another verdict than its: equal spellings, and two plain numbers. Those that
-    differ by less than 1e-5 are left to math-verify, which rounds: 0.333333 is 1/3."""
+    """The verdict where it takes no sympy to know it: on equal spellings, and on two plain numbers. None where it does,
+    also if numbers differ by less than 1e-5: math-verify rounds, and 0.333333 is 1/3 to it."""
     if plain(answer) == plain(gold):
         return True
     a, b = number(answer), number(gold)
@@ -126,9 +126,9 @@ class Grader:
             resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         from math_verify import parse, verify           # here alone: nobody else needs sympy
         logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-        self.verify = functools.partial(verify, timeout_seconds=None)   # its own timeouts are signals, which sympy
-        self.parse = functools.lru_cache(1000)(                         # may swallow; ours is a kill
-            lambda answer: parse(f"\\boxed{{{tidy(answer)}}}", parsing_timeout=None))
+        # Their own timeouts are signals, which sympy may swallow; ours is a kill. Samples of a problem share its gold.
+        self.verify = functools.partial(verify, timeout_seconds=None)
+        self.parse = functools.lru_cache(1000)(lambda x: parse(f"\\boxed{{{tidy(x)}}}", parsing_timeout=None))
         self.parse("1")                                 # the first one loads the grammar
 
     def equal(self, answers: list[str], gold: str) -> bool:
@@ -140,7 +140,7 @@ class Graders:
 
     As an actor it grades beside whatever its owner does: ray.remote(Graders).remote(8).agrade.remote(pairs)
     """
-    LONGEST = 2000          # characters of an answer that is not the gold one letter by letter
+    LONGEST, MOST = 2000, 3     # characters of an answer, and answers of a text, that sympy is asked about
 
     def __init__(self, workers: int = 0, deadline: float = 5.0, ray=actors):
         self.deadline, self.ray = deadline, ray
@@ -168,7 +168,7 @@ class Graders:
             return Grade(0.0, "unparsed", None)
         known = [quick(answer, gold) for answer in found]
         unsure = [answer for answer, right in zip(found, known) if right is None]
-        if False in known or len(unsure) > 3 or any(len(answer) > self.LONGEST for answer in unsure):
+        if False in known or len(unsure) > self.MOST or any(len(answer) > self.LONGEST for answer in unsure):
             verdict = "wrong"
         else:
             verdict = await self._compare(unsure, gold) if unsure else "right"
@@ -190,7 +190,7 @@ class Graders:
         except asyncio.TimeoutError:
             self.ray.kill(worker)
             return "timeout"
-        except self.ray.exceptions.RayError:            # by this answer, or killed by somebody else
+        except self.ray.exceptions.RayError:            # by this answer, or killed by somebody else: tried again
             return "crashed"
 
     async def _hire(self):
@@ -278,8 +278,8 @@ def arithmetic(n: int, seed: int = 0, held_out: bool = False, boxed: float = 1.0
 # --- scores: a mean is worth as much as its error --------------------------------------------------------------------
 
 def mean_and_error(values) -> tuple[float, float]:
-    """Of one value a problem. Samples of one problem resemble each other, so n of them count as one observation: this
-    is the standard error clustered by problem (Miller, arXiv 2411.00640)."""
+    """The mean of one value a problem, and its standard error. Samples of one problem resemble each other, so n of them
+    count as one observation: errors are clustered by problem (Miller, arXiv 2411.00640)."""
     values = np.asarray(values, float)
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
@@ -300,33 +300,32 @@ def majority(samples: list[dict]) -> float:
     return float(np.mean([max(scores) for scores in votes.values() if len(scores) == most])) if votes else 0.0
 
 def measures(samples) -> dict[str, dict[int, float]]:
-    """Everything that is measured of one model's samples (rows or a Table): {name: {number of a problem: value}}."""
+    """Everything that is measured of one model's samples (rows or a Table): {name: {problem's number: value}}."""
     problems = collections.defaultdict(list)
     for sample in samples:
         problems[sample["number"]].append(sample)
     n = min(map(len, problems.values()))
 
-    def each(value) -> dict[int, float]:
-        return {number: float(value(group)) for number, group in sorted(problems.items())}
+    def each(measure) -> dict[int, float]:
+        return {i: float(measure(group)) for i, group in sorted(problems.items())}
 
-    def share(condition) -> dict[int, float]:
-        return each(lambda group: np.mean([condition(sample) for sample in group]))
+    def mean(value) -> dict[int, float]:
+        return each(lambda group: np.mean([value(sample) for sample in group]))
 
-    table = {f"mean@{n}": share(lambda s: s["score"])} if n > 1 else {}
-    for k in sorted({1, 2, 4, 8, 16, 32, 64, n}):
-        if k <= n:
-            table[f"pass@{k}"] = each(lambda g, k=k: pass_at_k(len(g), sum(s["score"] > 0 for s in g), k))
+    found = {f"mean@{n}": mean(lambda s: s["score"])} if n > 1 else {}
+    for k in sorted({k for k in (1, 2, 4, 8, 16, 32, 64, n) if k <= n}):
+        found[f"pass@{k}"] = each(lambda g, k=k: pass_at_k(len(g), sum(s["score"] > 0 for s in g), k))
     if n > 1:
-        table[f"maj@{n}"] = each(majority)
-    for name in ("subject", "level"):
-        kinds = {number: group[0].get(name) or "" for number, group in problems.items()}
+        found[f"maj@{n}"] = each(majority)
+    for name in ("subject", "level"):                   # where there are several, and not as many as lines on a screen
+        kinds = {i: group[0].get(name) or "" for i, group in problems.items()}
         for kind in sorted(set(kinds.values()) - {""}) if 1 < len(set(kinds.values())) <= 20 else ():
-            table[f"{name} {kind}"] = {i: x for i, x in table["pass@1"].items() if kinds[i] == kind}
-    table["truncated"] = share(lambda s: s["finish_reason"] == "length")
-    table["unparsed"] = share(lambda s: s["verdict"] == "unparsed" and s["finish_reason"] != "length")  # ended boxless
-    table["not graded"] = share(lambda s: s["verdict"] in ("timeout", "crashed"))
-    table["tokens"] = share(lambda s: s["tokens"])
-    return table
+            found[f"{name} {kind}"] = {i: x for i, x in found["pass@1"].items() if kinds[i] == kind}
+    found["truncated"] = mean(lambda s: s["finish_reason"] == "length")
+    found["unparsed"] = mean(lambda s: s["verdict"] == "unparsed" and s["finish_reason"] != "length")   # ended boxless
+    found["not graded"] = mean(lambda s: s["verdict"] in ("timeout", "crashed"))
+    found["tokens"] = mean(lambda s: s["tokens"])
+    return found
 
 def summarize(samples) -> dict[str, tuple[float, float]]:
     """{measure: (mean over problems, its standard error)}; "pass@1" is always there."""
@@ -356,13 +355,12 @@ def report(models: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 def draw(models: dict[str, list[dict]], path) -> None:
-    """Bars with their errors: pass@1, mean@n, maj@n, and pass@1 by subject and level."""
+    """Bars with their errors: pass@k, maj@n, and pass@1 by subject and level."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     summaries = {name: summarize(samples) for name, samples in models.items()}
-    bars = list(dict.fromkeys(name for summary in summaries.values() for name in summary))
-    bars = [name for name in bars if name.startswith(("pass@", "maj@", "subject", "level"))]
+    bars = [name for name in summaries[next(iter(models))] if name.startswith(("pass@", "maj@", "subject", "level"))]
     figure, axes = pyplot.subplots(figsize=(max(5, 0.5 * len(bars) * len(models)), 4), layout="constrained")
     for i, (name, summary) in enumerate(summaries.items()):
         values = [[100 * x for x in summary.get(bar, (math.nan, math.nan))] for bar in bars]
@@ -412,20 +410,21 @@ def check_model(model: str) -> None:
         raise FileNotFoundError(f"there is no model in {model}; pass a directory with config.json, or a hub id")
 
 def evaluate(model: str, problems: list[dict], config: Config | None = None, **settings) -> tuple[al.Table, dict]:
-    """The samples of a model, and summarize(samples). Settings are fields of Config, in the place of its own."""
+    """The samples of a model, and summarize(samples). Settings replace those of `config`, by name."""
     config, model, scores = dataclasses.replace(config or Config(), **settings), str(model), []
     check_model(model)
-    graders = Graders(config.graders, config.deadline)
+    graders = Graders(config.graders, config.deadline)  # starts actors, unless they run
     gpus = 0 if config.device == "cpu" else int(actors.cluster_resources().get("GPU", 0))
     generators = [actors.remote(Generator).options(num_gpus=min(gpus, 1)).remote()
                   for _ in range(max(1, min(gpus, len(problems))))]
-    options = {"dtype": config.dtype, "device": config.device, "gpu_memory_utilization": config.memory}
-    options = {name: value for name, value in options.items() if value}
+    options = {"dtype": config.dtype or "auto", "device": config.device, "gpu_memory_utilization": config.memory}
     params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
+    bar = tqdm(total=len(problems), desc=Path(model).name, unit="problem")
 
     async def solve(number: int, problem: dict) -> list[dict]:
         generator = generators[number % len(generators)]
-        samples = await generator.answer.remote(problem["problem"], params | {"seed": config.seed * 10**6 + number})
+        seed = config.seed * 10**6 + number             # its own; no data set has more problems
+        samples = await generator.answer.remote(problem["problem"], params | {"seed": seed})
         rows = await record(model, number, problem, samples, graders)
         scores.extend(row["score"] for row in rows)
         bar.set_postfix_str(f"score {np.mean(scores):.1%}", refresh=False)
@@ -437,7 +436,7 @@ def evaluate(model: str, problems: list[dict], config: Config | None = None, **s
         return await asyncio.gather(*[solve(number, problem) for number, problem in enumerate(problems)])
 
     try:
-        with tqdm(total=len(problems), desc=Path(model).name, unit="problem") as bar:
+        with bar:
             rows = asyncio.run(solve_all())
     finally:
         for generator in generators:
@@ -487,7 +486,7 @@ def run(config: Config) -> dict:
 # --- show: samples as a person reads them ----------------------------------------------------------------------------
 
 def page(row: dict, title: str) -> str:
-    """Short values on a line, long texts below it, of lists their lengths: for Arrow files of any origin."""
+    """Short values on one line, long texts below it, and of lists their lengths: whatever columns a file has."""
     short, long = [title], []
     for name, value in row.items():
         if isinstance(value, str) and (len(value) > 60 or "\n" in value):
@@ -506,9 +505,9 @@ def show(path: str, verdict: str | None = None, start: int = 0) -> None:
         if sys.stdin.isatty() and sys.stdout.isatty() and input("[enter: next, q: quit] ").strip() == "q":
             break
 
-# --- the command line ------------------------------------------------------------------------------------------------
+# --- the demo, and the command line ----------------------------------------------------------------------------------
 
-HARD = [("so \\boxed{\\frac{\\sqrt{8}}{4}}", "\\frac{1}{\\sqrt2}", 1),
+HARD = [("so \\boxed{\\frac{\\sqrt{8}}{4}}", "\\frac{1}{\\sqrt2}", 1),      # (text, gold, score)
         ("\\boxed{x \\in [0,1)}", "[0,1)", 1), ("\\boxed{1,2,3,4,5}", "3", 0),
         ("\\boxed{\\begin{pmatrix}0.5\\\\2\\end{pmatrix}}", "\\begin{pmatrix}1/2\\\\2\\end{pmatrix}", 1),
         ("\\boxed{(x+1)^2}, as \\boxed{x^2+2x+1}", "(x+1)^2", 1), ("\\boxed{3} or \\boxed{4}", "3", 0),
@@ -548,7 +547,7 @@ def demo() -> None:
     mean, error = summarize(models["pupil"])["pass@1"]
     print(f"\nthe pupil's true pass@1 is {100 * true:.1f}, measured {100 * mean:.1f} ± {100 * error:.1f}")
     if abs(mean - true) > 4 * error or [grade.score for grade in grades] != [score for _, _, score in HARD]:
-        sys.exit("that is wrong")
+        sys.exit("the demo failed: a hard answer has another grade, or the pupil another score, than they must have")
 
 COMMANDS = {"show": "page through a file of samples or rollouts", "arithmetic": "write problems of the demos' task",
             "problems": "write those problems of a data set that are worth learning from"}
@@ -556,16 +555,15 @@ COMMANDS = {"show": "page through a file of samples or rollouts", "arithmetic": 
 def command(name: str) -> None:
     parser = argparse.ArgumentParser(prog=f"evaluate.py {name}", description=COMMANDS[name])
     if name == "show":
-        parser.add_argument("file")
+        parser.add_argument("path", metavar="FILE")
         parser.add_argument("--verdict", help="only right, wrong, unparsed, timeout or crashed ones")
         parser.add_argument("--start", type=int, default=0, help="the first row")
-        args = parser.parse_args(sys.argv[2:])
-        return show(args.file, args.verdict, args.start)
+        return show(**vars(parser.parse_args(sys.argv[2:])))
     parser.add_argument("--out", required=True, help="a .jsonl file")
     if name == "arithmetic":
         parser.add_argument("--n", type=int, default=1000)
         parser.add_argument("--seed", type=int, default=0)
-        parser.add_argument("--held-out", action="store_true", help="the fifth that training rows never show")
+        parser.add_argument("--held_out", "--held-out", action="store_true", help="the fifth that training never shows")
         parser.add_argument("--boxed", type=float, default=1.0, help="share of the solutions that box their answer")
         args = parser.parse_args(sys.argv[2:])
         rows = arithmetic(args.n, args.seed, args.held_out, args.boxed)
@@ -573,7 +571,7 @@ def command(name: str) -> None:
         parser.add_argument("--data", required=True, help="as --data of an evaluation")
         parser.add_argument("--split", default="train", help="of a data set of the hub")
         parser.add_argument("--model", required=True, help="whose tokenizer counts")
-        parser.add_argument("--max_prompt", type=int, default=1024, help="tokens; longer ones are left out")
+        parser.add_argument("--max_prompt", "--max-prompt", type=int, default=1024, help="in tokens")
         args = parser.parse_args(sys.argv[2:])
         found = load_problems(args.data, args.split)
         from transformers import AutoTokenizer
