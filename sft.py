@@ -150,8 +150,8 @@ class Chat:
         self.tokenizer, self.special = tokenizer, tokenizer.all_special_tokens
         text = self.render([*_turns("question", "user"), *_turns("ANSWER", "assistant")])
         self.end = text.rpartition("ANSWER")[2].strip()         # <|im_end|>: not always tokenizer.eos_token
-        if not self.end:
-            raise ValueError("the chat template does not mark the end of an assistant's turn; take another model")
+        if self.end not in tokenizer.get_vocab():
+            raise ValueError("the chat template does not end an assistant's turn with one token; take another model")
 
     def render(self, messages: list[dict], **options) -> str:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
@@ -197,14 +197,14 @@ class Chat:
 # --- prepare: a data set becomes an Arrow file -----------------------------------------------------------------------
 
 def read_rows(data: str, split: str = "train"):
-    """(where it stands, row) one by one; a line of jsonl is not parsed yet."""
-    path = Path(data)
+    """(where it stands, row) one by one. A line of jsonl is not parsed yet: a bad one is only skipped."""
+    path, kinds = Path(data), (".jsonl", ".arrow", ".parquet")
     if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in (".jsonl", ".arrow", ".parquet"))
+        files = sorted(file for file in path.iterdir() if file.suffix in kinds)
+        if not files:
+            raise FileNotFoundError(f"{data} has no {', '.join(kinds)} files in it")
         for file in files:
             yield from read_rows(str(file))
-        if not files:
-            raise FileNotFoundError(f"{data} has no .jsonl, .arrow or .parquet files in it")
     elif path.suffix == ".jsonl" and path.exists():
         with open(path, "rb") as lines:
             yield from ((f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
@@ -215,7 +215,7 @@ def read_rows(data: str, split: str = "train"):
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
     elif path.exists():
         yield from ((f"{path}, row {i}", row) for i, row in enumerate(al.read(path)))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not path.suffix:
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and path.suffix not in kinds:
         import datasets
         rows = datasets.load_dataset(data, split=split, streaming=True)
         yield from ((f"{data}, row {i}", row) for i, row in enumerate(rows))
@@ -252,7 +252,7 @@ def prepare(data: str, model, out: str, held_out: float = 1 / 180, max_tokens: i
             split: str = "train") -> Counter:
     """Write the Arrow file that `train` takes: input_ids list<int32>, loss_mask list<uint8>, held_out bool; of pairs,
     chosen_input_ids, rejected_input_ids and so on. `model` is a tokenizer or where to find one. A row that cannot be
-    used is named and counted; a data set of which most rows are so is refused. Rows stream through, 1000 at a time."""
+    used is named and counted; a data set of which half the rows are so is refused. Rows stream through, 1000 a time."""
     chat = Chat(AutoTokenizer.from_pretrained(model) if isinstance(model, (str, Path)) else model)
     rows, counts, skipped, writer = read_rows(data, split), Counter(), [], None
     with contextlib.ExitStack() as stack, tqdm(desc=f"prepare {out}", unit=" rows") as bar:
@@ -275,10 +275,11 @@ def prepare(data: str, model, out: str, held_out: float = 1 / 180, max_tokens: i
             counts.update(rows=len(records), held_out=sum(record["held_out"] for record in records),
                           tokens=sum(len(x) for r in records for name, x in r.items() if name.endswith("input_ids")))
             bar.update(len(group))
-        if len(skipped) >= counts["rows"]:                      # raised in here, so that the file does not appear
-            raise ValueError(f"{len(skipped):,} of {len(skipped) + counts['rows']:,} rows of {data} cannot be used"
-                             + f", the first for this reason: {skipped[0]}" * bool(skipped))
-    return counts + Counter(skipped=len(skipped))
+        counts["skipped"] = len(skipped)
+        if counts["skipped"] >= counts["rows"]:                 # raised in here, so that the file does not appear
+            raise ValueError(f"{len(skipped):,} of {len(skipped) + counts['rows']:,} rows of {data} cannot be used, "
+                             f"the first for this reason: {skipped[0]}" if skipped else f"{data} has no rows")
+    return counts
 
 # --- batches: rows of the file to packed tokens ----------------------------------------------------------------------
 

@@ -4940,6 +4940,15 @@ def test_the_mask_holds_on_every_row_of_gsm8k(which, request):
         assert ids[: len(prompt)].tolist() == prompt and mask[: len(prompt)].sum() == 0 and mask[len(prompt)]
 
 
+def test_a_template_has_to_end_turns_with_one_token_where_generation_can_end_too(lean):
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(lean)
+    for end, fine in (("<|im_end|>\n", True), ("", False), ("</turn>", False), ("<|im_end|><|endoftext|>", False)):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}" + end + "{% endfor %}"
+        with contextlib.nullcontext() if fine else pytest.raises(ValueError, match="with one token"):
+            assert sft.Chat(tokenizer).end == "<|im_end|>"
+
+
 def test_every_known_shape_becomes_a_conversation():
     ask = "\n" + sft.INSTRUCTION
     shapes = [
@@ -4981,6 +4990,8 @@ def test_bad_rows_are_named_and_counted_and_fatal_only_when_most_are_bad(lean, t
     assert not (tmp_path / "g.arrow").exists()
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         sft.prepare(str(tmp_path / "nothing.jsonl"), lean, tmp_path / "g.arrow")
+    with pytest.raises(ValueError, match="empty.jsonl has no rows"):
+        sft.prepare(write_jsonl(tmp_path / "empty.jsonl", []), lean, tmp_path / "g.arrow")
 
 
 def test_rows_stream_through_a_thousand_at_a_time(lean, tmp_path, monkeypatch):
@@ -5027,11 +5038,11 @@ def test_jsonl_arrow_parquet_directories_and_the_hub_say_the_same(lean, tmp_path
     al.write(table[:20], folder / "0.arrow", stream=True)
     write_jsonl(folder / "1.jsonl", rows[20:])
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: iter(rows) if (
-        name, split, streaming) == ("org/name", "train", True) else None)
+        name, split, streaming) == ("org/name-2.5", "train", True) else None)
     sft.prepare(write_jsonl(tmp_path / "a.jsonl", rows), lean, tmp_path / "want.arrow")
     want = al.read(tmp_path / "want.arrow").to_pylist()
-    for source in ("a.arrow", "stream.arrow", "a.parquet", "folder", "org/name"):
-        source = source if source == "org/name" else str(tmp_path / source)
+    for source in ("a.arrow", "stream.arrow", "a.parquet", "folder", "org/name-2.5"):
+        source = source if source == "org/name-2.5" else str(tmp_path / source)
         sft.prepare(source, lean, tmp_path / "got.arrow")
         assert al.read(tmp_path / "got.arrow").to_pylist() == want, source
 
