@@ -319,18 +319,21 @@ class Examples:
     def __init__(self, path: str, pairs: bool = False):
         self.path, self.table = path, al.read(path)
         self.prefixes = ("chosen_", "rejected_") if pairs else ("",)
-        if missing := {p + name for p in self.prefixes for name in ("input_ids", "loss_mask")} - set(
-                self.table.column_names):
-            raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(self.table.column_names)}; make it "
-                             f"with: python sft.py prepare --data {'PAIRS' * pairs or 'SRC'} --model M --out F.arrow")
-        self.documents = np.stack([self._lengths(p + "input_ids") for p in self.prefixes], 1)   # [rows, 1 or 2] tokens
-        self.lengths = self.documents.sum(1)
+        names, wanted = self.table.column_names, {p + x for p in self.prefixes for x in ("input_ids", "loss_mask")}
+        if missing := wanted - set(names):
+            raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(names)}; make it with: python "
+                             f"sft.py prepare --data {'PAIRS' if pairs else 'SRC'} --model M --out F.arrow")
+        self.documents, masks = (np.stack([self._lengths(prefix + name) for prefix in self.prefixes], 1)
+                                 for name in ("input_ids", "loss_mask"))            # tokens in each, [rows, 1 or 2]
+        if (bad := ((self.documents != masks) | (self.documents < 1)).any(1)).any():
+            raise ValueError(f"row {bad.argmax()} of {path} is empty, or has not as many of loss_mask as of input_ids; "
+                             "prepare it again")
+        self.lengths = self.documents.sum(1)                                        # [rows]
         metadata = {key.decode(): value.decode() for key, value in self.table.schema.metadata.items()}
         self.tokens_below, self.end_of_turn = int(metadata.get("tokens_below", 0)), metadata.get("end_of_turn")
         self.reference = metadata.get("reference")
-        held = "held_out" in self.table.column_names and self.table["held_out"].to_numpy().astype(bool)
-        self.held_out = np.flatnonzero(np.broadcast_to(held, len(self.table)))
-        self.learned = np.flatnonzero(np.broadcast_to(~np.asarray(held, bool), len(self.table)))
+        held = self.table["held_out"].to_numpy() if "held_out" in names else np.zeros(len(self.table))
+        self.held_out, self.learned = np.flatnonzero(held), np.flatnonzero(held == 0)           # numbers of rows
 
     def _lengths(self, name: str) -> np.ndarray:
         return np.concatenate([np.diff(a.used()[0]) for a in self.table[name].batches()] or [np.zeros(0, np.int64)])
@@ -559,8 +562,6 @@ class Trainer:
         config, examples, words = self.config, self.examples, self.model.config.vocab_size
         if len(examples.learned) == 0:
             raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
-        if examples.documents.min() < 1:
-            raise ValueError(f"row {examples.documents.min(1).argmin()} of {config.data} is empty; prepare it again")
         if examples.tokens_below > words:
             raise ValueError(f"{config.data} has tokens up to {examples.tokens_below:,} and {config.model} knows "
                              f"{words:,}; prepare it with --model {config.model}")
