@@ -14,8 +14,8 @@ over whatever layout of parallel.py there is. With --loss dpo the rows are pairs
 
 A step is `batch` rows, whatever the layout: they are spread over the micro-batches of all data-parallel ranks so that
 each has the same number of tokens, and every sum is divided by the step's own count of learned tokens. The order of
-the rows is a function of (seed, epoch), the learning rate one of the step. So a checkpoint needs no more than the
-number of its step to go on bit by bit.
+the rows is a function of (seed, epoch), the learning rate one of the step. So, beside weights and optimizer, a
+checkpoint needs no more than the number of its step to go on bit by bit.
 
 Public names: prepare, Chat; pack, rows_of_step, Examples; sft_loss, dpo_loss; Trainer, train. What any training run
 needs, ppo.py's too: arguments, claim, cosine, Metrics, curves, peak_flops, memory_gb.
@@ -45,7 +45,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 import arrowlite as al
 import parallel
 
-INSTRUCTION = "Work step by step and put the final answer inside \\boxed{}."       # of every math prompt of this house
+INSTRUCTION = "Work step by step and put the final answer inside \\boxed{}."       # evaluate.py asks in the same words
 
 @dataclass
 class Prepare:
@@ -88,19 +88,19 @@ class Config:
     tp: int = 1                             # parts of each layer
     chunks: int = 1                         # stages a GPU; several interleave, and the pipeline is idle for less
     recompute: bool = False                 # activations a second time in the backward pass, instead of keeping them
-    device: Optional[str] = None            # cuda, cpu
-    dtype: Optional[Literal["bfloat16", "float32", "float64"]] = None
+    device: Optional[str] = None            # cuda, cpu; otherwise a GPU if there is one
+    dtype: Optional[Literal["bfloat16", "float32", "float64"]] = None       # otherwise what suits the device
     # what remains
     log_every: int = 1                      # steps from one printed line to the next; metrics.jsonl has them all
     eval_every: int = 100                   # steps from one validation to the next
     save_every: int = 100                   # steps from one checkpoint to the next
-    keep: int = 2                           # checkpoints that are kept
+    keep: int = 2                           # checkpoints that are kept; 0: all
     resume: bool = False                    # go on with the run in `out`
     wandb: Optional[str] = None             # a Weights & Biases project to report to
 
 # --- rows: from the shapes that data sets have to conversations ------------------------------------------------------
 
-def _turns(text: str | list, role: str) -> list[dict]:
+def _turns(text: str | list, role: str) -> list[dict]:          # a list is of messages already
     return list(text) if isinstance(text, list) else [{"role": role, "content": text}]
 
 def _math(problem: str, solution: str) -> list[dict]:
@@ -165,7 +165,7 @@ class Chat:
         for k, message in enumerate(messages):
             if message["role"] == "assistant":
                 heads = (self.render(messages[:k], add_generation_prompt=True, **options)
-                         for options in ({"enable_thinking": False}, {}))
+                         for options in ({"enable_thinking": False}, {}))       # Qwen3: the last turn, and those before
                 start = next((len(head) for head in heads if text.startswith(head)), None)
                 if start is None:
                     raise ValueError(f"the chat template writes turn {k} differently than the prompt to generate it")
@@ -177,9 +177,8 @@ class Chat:
         for message in messages:
             if not isinstance(message.get("content"), str) or not message["content"].strip():
                 raise ValueError(f"the {message.get('role')}'s turn has no text")
-            for token in self.special:                              # they would end a turn in the middle of it
-                if token in message["content"]:
-                    raise ValueError(f"the text has a special token in it, {token}")
+            if marks := [token for token in self.special if token in message["content"]]:   # one may end the turn
+                raise ValueError(f"the text has a special token in it, {marks[0]}")
         if messages[-1]["role"] != "assistant":
             raise ValueError("the last turn is not the assistant's")
 
@@ -190,7 +189,7 @@ class Chat:
         encoded = []
         for pieces in documents:
             parts = [next(encodings).ids for _ in pieces]
-            mask = np.repeat([answer for _, answer in pieces], [len(part) for part in parts])
+            mask = np.repeat([learned for _, learned in pieces], [len(part) for part in parts])
             encoded.append((np.array(list(itertools.chain(*parts)), np.int32), mask.astype(np.uint8)))
         return encoded
 
@@ -223,8 +222,8 @@ def read_rows(data: str, split: str = "train"):
         raise FileNotFoundError(f"{data} is neither a file, nor a directory, nor a data set's hub id such as org/name")
 
 def is_held_out(messages: list[dict], share: float) -> bool:
-    """By a hash of the prompt, whatever its spaces and capitals: a problem with two solutions is on one side, and on
-    the same side of every data set that it is in."""
+    """By a hash of the prompt, whatever its spaces and capitals: with two solutions it is on one side, and on the same
+    side of every data set that it is in."""
     prompt = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
     text = " ".join(" ".join(message["content"].lower().split()) for message in prompt)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
@@ -235,14 +234,14 @@ def tokenize(chat: Chat, rows: list, held_out: float, max_tokens: int):
     for where, row in rows:
         try:
             talks = conversations(json.loads(row) if isinstance(row, bytes) else row)
-            pieces = {prefix: chat.pieces(messages) for prefix, messages in talks.items()}
-            parsed.append((where, is_held_out(next(iter(talks.values())), held_out), pieces))
+            documents = {prefix: chat.pieces(messages) for prefix, messages in talks.items()}
+            parsed.append((where, is_held_out(next(iter(talks.values())), held_out), documents))
         except Exception as error:                      # a row can be wrong in more ways than there are names for
             yield where, f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    encoded = iter(chat.encode([pieces for _, _, columns in parsed for pieces in columns.values()]))
-    for where, held, columns in parsed:
+    encoded = iter(chat.encode([pieces for _, _, documents in parsed for pieces in documents.values()]))
+    for where, held, documents in parsed:
         record, total = {"held_out": held}, 0
-        for prefix in columns:
+        for prefix in documents:
             ids, mask = next(encoded)
             record |= {prefix + "input_ids": ids, prefix + "loss_mask": mask}
             total += len(ids)
@@ -272,10 +271,10 @@ def prepare(data: str, model, out: str, held_out: float = 1 / 180, max_tokens: i
                     bar.write(f"skipped {skipped[-1]}", sys.stderr)
             if records:
                 writer.write({name: [record[name] for record in records] for name in records[0]})
-            counts.update(rows=len(records), held_out=sum(record["held_out"] for record in records),
+            counts.update(rows=len(records), skipped=len(group) - len(records),
+                          held_out=sum(record["held_out"] for record in records),
                           tokens=sum(len(x) for r in records for name, x in r.items() if name.endswith("input_ids")))
             bar.update(len(group))
-        counts["skipped"] = len(skipped)
         if counts["skipped"] >= counts["rows"]:                 # raised in here, so that the file does not appear
             raise ValueError(f"{len(skipped):,} of {len(skipped) + counts['rows']:,} rows of {data} cannot be used, "
                              f"the first for this reason: {skipped[0]}" if skipped else f"{data} has no rows")
@@ -297,13 +296,13 @@ def pack(lengths, capacity: int, multiple: int = 1) -> list[list[int]]:
         for emptiest in (True, False):
             loads, bins = np.zeros(count, np.int64), [[] for _ in range(count)]
             for row in order:
-                b = int(loads.argmin() if emptiest else (loads + lengths[row] <= capacity).argmax())
+                b = int(loads.argmin() if emptiest else (loads + lengths[row] <= capacity).argmax())    # no room: 0
                 loads[b] += lengths[row]
                 bins[b].append(row)
             if loads.max() <= capacity:
                 return bins
 
-@functools.lru_cache(2)
+@functools.lru_cache(2)         # at the end of an epoch the next step is of the next one already
 def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
@@ -319,15 +318,14 @@ class Examples:
     def __init__(self, path: str, pairs: bool = False):
         self.path, self.table = path, al.read(path)
         self.prefixes = ("chosen_", "rejected_") if pairs else ("",)
-        names, wanted = self.table.column_names, {p + x for p in self.prefixes for x in ("input_ids", "loss_mask")}
-        if missing := wanted - set(names):
+        names, parts = self.table.column_names, ("input_ids", "loss_mask")
+        if missing := {prefix + part for prefix in self.prefixes for part in parts} - set(names):
             raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(names)}; make it with: python "
                              f"sft.py prepare --data {'PAIRS' if pairs else 'SRC'} --model M --out F.arrow")
-        self.documents, masks = (np.stack([self._lengths(prefix + name) for prefix in self.prefixes], 1)
-                                 for name in ("input_ids", "loss_mask"))            # tokens in each, [rows, 1 or 2]
+        self.documents, masks = (np.stack([self._lengths(prefix + part) for prefix in self.prefixes], 1)
+                                 for part in parts)                                 # tokens in each, [rows, 1 or 2]
         if (bad := ((self.documents != masks) | (self.documents < 1)).any(1)).any():
-            raise ValueError(f"row {bad.argmax()} of {path} is empty, or has not as many of loss_mask as of input_ids; "
-                             "prepare it again")
+            raise ValueError(f"row {bad.argmax()} of {path} is empty, or its mask of another length; prepare it again")
         self.lengths = self.documents.sum(1)                                        # [rows]
         metadata = {key.decode(): value.decode() for key, value in self.table.schema.metadata.items()}
         self.tokens_below, self.end_of_turn = int(metadata.get("tokens_below", 0)), metadata.get("end_of_turn")
@@ -339,34 +337,34 @@ class Examples:
         return np.concatenate([np.diff(a.used()[0]) for a in self.table[name].batches()] or [np.zeros(0, np.int64)])
 
     def gather(self, name: str, rows) -> tuple[np.ndarray, np.ndarray]:
-        """A list column of these rows, laid end to end, and the row ends; of pairs first all chosen."""
+        """A list column of these rows (of pairs first all chosen) end to end, and their bounds, [documents + 1]."""
         parts = [self.table[prefix + name].select(rows).combine().used() for prefix in self.prefixes]
-        ends = np.concatenate([[0], *(np.diff(offsets) for offsets, _ in parts)]).cumsum()
-        return np.concatenate([values.to_numpy() for _, values in parts]), ends
+        bounds = np.concatenate([[0], *(np.diff(offsets) for offsets, _ in parts)]).cumsum()
+        return np.concatenate([values.to_numpy() for _, values in parts]), bounds
 
     def mask(self, rows) -> np.ndarray:
         """Which tokens are learned; never a document's first, before which there is nothing to predict it from."""
-        values, ends = self.gather("loss_mask", rows)
-        values = values.astype(bool)                                                            # a copy
-        values[ends[:-1]] = False
-        return values
+        mask, bounds = self.gather("loss_mask", rows)
+        mask = mask.astype(bool)
+        mask[bounds[:-1]] = False
+        return mask
 
     def micro_batch(self, rows, count: int, device) -> dict:
         """Packed, on its way to the device. The prediction of a token is made from the hidden state before it, so the
         head is only applied there: `predict` are those places, `targets` the tokens that come next."""
-        tokens, ends = self.gather("input_ids", rows)
+        tokens, bounds = self.gather("input_ids", rows)
         mask = self.mask(rows)
         predict = np.flatnonzero(mask) - 1
-        arrays = {"tokens": tokens.astype(np.int64), "cu_seqlens": ends.astype(np.int32), "predict": predict,
-                  "positions": np.arange(len(tokens)) - np.repeat(ends[:-1], np.diff(ends)),
+        arrays = {"tokens": tokens.astype(np.int64), "cu_seqlens": bounds.astype(np.int32), "predict": predict,
+                  "positions": np.arange(len(tokens)) - np.repeat(bounds[:-1], np.diff(bounds)),
                   "targets": tokens[predict + 1].astype(np.int64)}
         if len(self.prefixes) > 1:
-            arrays["answers"] = np.add.reduceat(mask, ends[:-1], dtype=np.int64)                # [2 * pairs] tokens
+            arrays["answers"] = np.add.reduceat(mask, bounds[:-1], dtype=np.int64)              # [2 * pairs] tokens
             if self.reference:
                 arrays["reference"] = np.concatenate([self.table[p + "reference"].select(rows).to_numpy()
                                                       for p in self.prefixes])                  # [2 * pairs]
         batch = {name: _to(torch.from_numpy(a), device) for name, a in arrays.items()}
-        return batch | {"count": count, "max_seqlen": int(np.diff(ends).max()), "rows": rows}
+        return batch | {"count": count, "max_seqlen": int(np.diff(bounds).max()), "rows": rows}
 
     def keep_reference(self, logprobs: np.ndarray, identity: str) -> None:
         """Write the file again with what the reference says of each answer, [rows, 2]."""
@@ -394,7 +392,7 @@ def sft_loss(model, hidden: Tensor, batch: dict) -> tuple[Tensor, dict]:
     return loss, {"loss": loss.detach()}
 
 def answer_logprobs(model, hidden: Tensor, batch: dict) -> Tensor:
-    """Summed up over each answer, [2 * pairs]; without atomics, so in the same order every time."""
+    """Sums over each answer, [2 * pairs], always in one order; unsafe: without a check that waits for the GPU."""
     return torch.segment_reduce(logprobs(model, hidden, batch), "sum", lengths=batch["answers"], unsafe=True)
 
 def dpo_loss(model, hidden: Tensor, batch: dict, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
@@ -450,7 +448,7 @@ def cosine(step: int, steps: int, warmup: float, lr: float, min_lr: float) -> fl
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 def peak_flops(device) -> float | None:
-    """A second, in bf16 without sparsity, by the data sheets; None where it is not known."""
+    """Operations a second in bf16, without sparsity, by the data sheets; None where they are not known."""
     name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
     peaks = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
     return next((peak for gpu, peak in peaks.items() if gpu in name), None)
@@ -473,9 +471,9 @@ class Metrics:
         self.bar = tqdm(total=steps, initial=start, desc=self.out.name, disable=self.silent, unit=" steps")
         if self.silent:
             return
-        path = self.out / "metrics.jsonl"       # without the steps that a killed run made after its last checkpoint
+        path = self.out / "metrics.jsonl"       # less what a killed run wrote after its last checkpoint: it comes again
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        def kept(line):                         # a score alone comes after the checkpoint of its step, and comes again
+        def kept(line):                         # a validation with a line of its own follows the checkpoint of its step
             values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
             alone = all(name == "step" or name.startswith("val_") for name in values)
             return values["step"] < start or values["step"] == start and not alone
@@ -530,9 +528,9 @@ def curves(out) -> None:
 
 @dataclass
 class Step:
-    """What a step learns from: the rows (of all ranks), the learned tokens in them, and this rank's micro-batches."""
+    """What a step learns from: its rows (of all ranks), how many tokens of them are learned, this rank's part."""
     rows: np.ndarray
-    learned: int
+    targets: int
     batches: list[dict]
 
 class Trainer:
@@ -548,7 +546,7 @@ class Trainer:
                                         weight_decay=config.weight_decay, clip=config.clip)
         self.check()
         self.end_turns()
-        self.loss, self.names, self.ahead = sft_loss, ("loss",), None
+        self.loss, self.names, self.ahead = sft_loss, ("loss",), None       # ahead: the next Step, once it is there
         if config.loss != "sft":
             self.loss = functools.partial(dpo_loss, kind=config.loss, beta=config.beta,
                                           label_smoothing=config.label_smoothing,
@@ -559,26 +557,43 @@ class Trainer:
 
     def check(self) -> None:
         """Before the directory of the run is taken."""
-        config, examples, words = self.config, self.examples, self.model.config.vocab_size
+        config, examples, model = self.config, self.examples, self.model.config
         if len(examples.learned) == 0:
             raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
-        if examples.tokens_below > words:
+        if examples.tokens_below > model.vocab_size:
             raise ValueError(f"{config.data} has tokens up to {examples.tokens_below:,} and {config.model} knows "
-                             f"{words:,}; prepare it with --model {config.model}")
-        if examples.documents.max() > self.model.config.max_position_embeddings:
+                             f"{model.vocab_size:,}; prepare it with --model {config.model}")
+        if examples.documents.max() > (most := model.max_position_embeddings):
             raise ValueError(f"{config.data} has a row of {examples.documents.max():,} tokens, and {config.model} has "
-                             f"{self.model.config.max_position_embeddings:,} positions; prepare it with --max_tokens")
-        pack([examples.lengths.max()], config.max_tokens)
+                             f"{most:,} positions; prepare it with --max_tokens {most}")
+        pack([examples.lengths.max()], config.max_tokens)           # raises if the longest row fits no micro-batch
+
+    def end_turns(self) -> None:
+        """Let generation end where the assistant's turn does, which a base model's own settings do not: change the
+        files that are saved beside the weights."""
+        if self.mesh.rank > 0 or not (end := self.examples.end_of_turn):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            for name, content in ({"config.json": self.model.config.to_json()} | self.model.files).items():
+                (folder / name).write_bytes(content)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer.eos_token = end
+            tokenizer.save_pretrained(folder)
+            for file in (folder / "config.json", folder / "generation_config.json"):
+                settings = json.loads(file.read_text()) if file.exists() else {}
+                file.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}, indent=2) + "\n")
+            self.model.files = parallel.small_files(folder)
 
     def step(self, rows: np.ndarray) -> Step:
-        examples, mesh, learned = self.examples, self.mesh, int(self.examples.mask(rows).sum())
-        count = learned if len(examples.prefixes) == 1 else len(rows)       # losses are means over tokens, or pairs
+        examples, mesh, targets = self.examples, self.mesh, int(self.examples.mask(rows).sum())
+        count = targets if len(examples.prefixes) == 1 else len(rows)       # losses are means over tokens, or pairs
         bins = pack(examples.lengths[rows], self.config.max_tokens, mesh.dp)[mesh.dp_rank :: mesh.dp]
-        return Step(rows, learned, [examples.micro_batch(rows[b], count, mesh.device) for b in bins if b])
+        return Step(rows, targets, [examples.micro_batch(rows[b], count, mesh.device) for b in bins if b])
 
-    def step_of(self, number: int) -> Step:
-        learned = self.examples.learned
-        return self.step(learned[rows_of_step(number, len(learned), self.batch, self.config.seed)])
+    def step_after(self, done: int) -> Step:
+        rows = self.examples.learned
+        return self.step(rows[rows_of_step(done, len(rows), self.batch, self.config.seed)])
 
     def totals(self, results: list[dict]) -> Tensor:
         """The sums over all micro-batches of all ranks, [names], still on the device."""
@@ -596,11 +611,11 @@ class Trainer:
         if self.examples.reference == identity:
             return
         values = torch.zeros(len(self.examples.lengths), 2, dtype=torch.float64)
-        def keep(model, hidden, batch):
+        def score(model, hidden, batch):
             return None, {"rows": batch["rows"], "logprobs": answer_logprobs(model, hidden, batch)}
         for start in tqdm(range(0, len(values), config.batch), "reference", disable=mesh.rank > 0):
             step = self.step(np.arange(start, min(start + config.batch, len(values))))
-            results = parallel.run(self.model, step.batches, keep, backward=False)
+            results = parallel.run(self.model, step.batches, score, backward=False)
             for result in results if mesh.tp_rank == 0 else []:
                 values[result["rows"]] = result["logprobs"].view(2, -1).T.double().cpu()
         if mesh.size > 1:
@@ -619,11 +634,11 @@ class Trainer:
         return {"val_" + name: value for name, value in zip(self.names, sums.tolist())}
 
     def speed(self, step: Step, seconds: float) -> dict:
-        """6 operations a weight and token, and causal attention; but no head where nothing is learned."""
+        """For the MFU: 6 operations a weight and token, and causal attention; the head only where it is applied."""
         lengths, model = self.examples.documents[step.rows].ravel(), self.model.config
         tokens, peak = int(lengths.sum()), peak_flops(self.mesh.device)
         flops = parallel.training_flops(model, lengths.tolist())
-        flops -= 6 * (tokens - step.learned) * model.vocab_size * model.hidden_size
+        flops -= 6 * (tokens - step.targets) * model.vocab_size * model.hidden_size
         return {"tokens": tokens, "tokens_per_s": tokens / seconds, "memory_gb": memory_gb(self.mesh.device),
                 "mfu": peak and flops / seconds / peak / self.mesh.size, "seconds": seconds}
 
@@ -633,23 +648,6 @@ class Trainer:
         if self.mesh.rank == 0:
             for old in sorted(out.glob("step-*"))[: -self.config.keep]:
                 shutil.rmtree(old)
-
-    def end_turns(self) -> None:
-        """What lies beside the weights, in checkpoints and in the end: with it generation ends where the assistant's
-        turn does. That of a base model does not."""
-        if self.mesh.rank > 0 or not (end := self.examples.end_of_turn):
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            for name, content in ({"config.json": self.model.config.to_json()} | self.model.files).items():
-                (folder / name).write_bytes(content)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            tokenizer.eos_token = end
-            tokenizer.save_pretrained(folder)
-            for file in (folder / "config.json", folder / "generation_config.json"):
-                settings = json.loads(file.read_text()) if file.exists() else {}
-                file.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}, indent=2) + "\n")
-            self.model.files = parallel.small_files(folder)
 
     def guard(self, number: int, step: Step, loss: float, norm: float) -> None:
         """End the run before it saves what a NaN or an explosion has been through."""
@@ -664,9 +662,9 @@ class Trainer:
 
     def learn(self, number: int) -> dict:
         """Step `number`, counted from 1."""
-        begin, step = time.perf_counter(), self.ahead or self.step_of(number - 1)
+        begin, step = time.perf_counter(), self.ahead or self.step_after(number - 1)
         sums = self.totals(parallel.run(self.model, step.batches, self.loss))
-        self.ahead = self.step_of(number)               # the next one, while the GPU is still at what it was told to do
+        self.ahead = self.step_after(number)            # the next one, while the GPU is still at what it was told to do
         lr = cosine(number - 1, self.steps, self.config.warmup, self.config.lr, self.config.min_lr)
         norm = self.optimizer.step(lr).item()           # waits for the gradients; the update itself is not waited for
         values = dict(zip(self.names, sums.tolist())) | {"grad_norm": norm, "lr": lr}
@@ -690,7 +688,7 @@ class Trainer:
         return values
 
 def train(config: Config) -> dict:
-    """Learn; on every rank, the numbers of the last step."""
+    """A whole run. Returns the numbers of its last step, on every rank."""
     trainer = Trainer(config)
     claim(config)
     if config.loss != "sft":

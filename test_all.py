@@ -5330,7 +5330,7 @@ def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path):
     ragged = str(tmp_path / "ragged.arrow")
     al.write(al.Table.from_pydict({"input_ids": [[1, 2], [3, 4]], "loss_mask": [[0, 1], [0, 1, 1]]}), ragged)
     for settings, sentence in [(dict(data=raw), "no column 'input_ids' but prompt, response; make it with: python"),
-                               (dict(data=ragged), "row 1 of .*ragged.arrow is empty, or has not as many"),
+                               (dict(data=ragged), "row 1 of .*ragged.arrow is empty, or its mask of another length"),
                                (dict(data=data, loss="dpo"), "no column 'chosen_input_ids'"),
                                (dict(data=words), "151,669 .* prepare it with --model"),
                                (dict(data=data, max_tokens=20), "raise --max_tokens"),
