@@ -147,7 +147,7 @@ class Graders:
         if not ray.is_initialized():
             ray.init()
         self.idle = asyncio.LifoQueue()                 # the one that was used last is the warmest
-        for _ in range(workers or len(os.sched_getaffinity(0))):
+        for _ in range(workers if workers > 0 else len(os.sched_getaffinity(0))):
             self.idle.put_nowait(None)                  # a place, not filled until it is needed
 
     def grade(self, pairs: list[tuple[str, str]]) -> list[Grade]:

@@ -507,9 +507,8 @@ def curves(out) -> None:
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
     panels = {}                                                 # {panel: {name: [(step, value), ...]}}
-    for line in lines:
+    for line in map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines()):
         for name in line.keys() - {"step"}:
             panels.setdefault(name.removeprefix("val_"), {}).setdefault(name, []).append((line["step"], line[name]))
     rows = -(-len(panels) // 4)
@@ -558,6 +557,8 @@ class Trainer:
     def check(self) -> None:
         """Before the directory of the run is taken."""
         config, examples, model = self.config, self.examples, self.model.config
+        if min(config.epochs, config.batch, config.log_every, config.eval_every, config.save_every) < 1:
+            raise ValueError("--epochs, --batch, --log_every, --eval_every and --save_every are at least 1")
         if len(examples.learned) == 0:
             raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
         if examples.tokens_below > model.vocab_size:
@@ -763,8 +764,7 @@ def bench(shape: parallel.Config | None = None, batch: int = 256, capacity: int 
         ours, device = [trainer.learn(i + 1) for i in range(steps)][steps // 2 :], trainer.mesh.device
         del trainer
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
-    optimizer = torch.optim.AdamW(plain.parameters(), 1e-5, (0.9, 0.95), fused=True)
-    theirs = []
+    optimizer, theirs = torch.optim.AdamW(plain.parameters(), 1e-5, (0.9, 0.95), fused=True), []
     for number in range(steps):
         rows, begin = rows_of_step(number, len(ids), batch, 0), time.perf_counter()
         plain_step(plain, optimizer, [(ids[row], masks[row]) for row in rows], capacity)        # ends in a wait

@@ -5334,6 +5334,7 @@ def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path):
                                (dict(data=data, loss="dpo"), "no column 'chosen_input_ids'"),
                                (dict(data=words), "151,669 .* prepare it with --model"),
                                (dict(data=data, max_tokens=20), "raise --max_tokens"),
+                               (dict(data=data, save_every=0), "--save_every are at least 1"),
                                (dict(data=data, tp=3), "torchrun"), (dict(data=data, model="nowhere"), "nowhere")]:
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             sft.train(sft.Config(**dict(model=mini, out=str(out), device="cpu") | settings))
