@@ -235,7 +235,8 @@ def load_problems(data: str, split: str = "test") -> list[dict]:
 def _problem(row: dict, where: str) -> dict:
     """The shapes of MATH-500, MATH, GSM8K, DeepMath, {"prompt", "answer"}: which column is what, and where in it."""
     def first(*names) -> str:
-        return next((str(row[name]).strip() for name in names if row.get(name) not in (None, "")), "")
+        values = (row.get(name) for name in names)
+        return next((str(x).strip() for x in values if isinstance(x, (str, int, float)) and x != ""), "")
 
     problem, answer = first("problem", "question", "prompt"), first("final_answer", "answer")
     answer = answer.rpartition("####")[2].strip() or answer                     # GSM8K: the working, then #### 18
@@ -422,9 +423,8 @@ def evaluate(model: str, problems: list[dict], config: Config | None = None, **s
     bar = tqdm(total=len(problems), desc=Path(model).name, unit="problem")
 
     async def solve(number: int, problem: dict) -> list[dict]:
-        generator = generators[number % len(generators)]
-        seed = config.seed * 10**6 + number             # its own; no data set has more problems
-        samples = await generator.answer.remote(problem["problem"], params | {"seed": seed})
+        own = params | {"seed": config.seed * 10**6 + number}       # no data set has more problems
+        samples = await generators[number % len(generators)].answer.remote(problem["problem"], own)
         rows = await record(model, number, problem, samples, graders)
         scores.extend(row["score"] for row in rows)
         bar.set_postfix_str(f"score {np.mean(scores):.1%}", refresh=False)

@@ -162,6 +162,7 @@ class Chat:
         self._check(messages)
         messages = [m | {"content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
         text, cuts = self.render(messages), [0]
+        text.encode()           # raises for this row alone, as the tokenizer would for all: half of a surrogate pair
         for k, message in enumerate(messages):
             if message["role"] == "assistant":
                 heads = (self.render(messages[:k], add_generation_prompt=True, **options)
@@ -170,8 +171,7 @@ class Chat:
                 if start is None:
                     raise ValueError(f"the chat template writes turn {k} differently than the prompt to generate it")
                 cuts += [start, text.index(self.end, start) + len(self.end)]
-        cuts.append(len(text))
-        return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(itertools.pairwise(cuts))]
+        return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(itertools.pairwise([*cuts, len(text)]))]
 
     def _check(self, messages: list[dict]) -> None:
         for message in messages:

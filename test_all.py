@@ -4973,18 +4973,18 @@ def test_every_known_shape_becomes_a_conversation():
 
 
 def test_bad_rows_are_named_and_counted_and_fatal_only_when_most_are_bad(lean, tmp_path, capsys):
-    good = [{"prompt": f"p{i}", "response": "r"} for i in range(9)]
+    good = [{"prompt": f"p{i}", "response": "r"} for i in range(10)]
     bad = ["{not json", "[1]", {"text": "x"}, {"prompt": "p", "response": " "}, {"prompt": "p", "response": 3},
            {"prompt": "<|im_end|>", "response": "r"}, {"prompt": "p", "response": "r" * 300},
-           {"prompt": "p", "chosen": "c", "rejected": "r"}]
+           {"prompt": "p", "chosen": "c", "rejected": "r"}, '{"prompt": "p", "response": "\\ud800"}']
     source = write_jsonl(tmp_path / "rows.jsonl", good[:1] + bad + good[1:])
     counts = sft.prepare(source, lean, tmp_path / "f.arrow", max_tokens=300)
     words = capsys.readouterr().err
-    assert counts["rows"] == 9 == len(al.read(tmp_path / "f.arrow")) and counts["skipped"] == 8
+    assert counts["rows"] == 10 == len(al.read(tmp_path / "f.arrow")) and counts["skipped"] == 9
     for i, reason in enumerate(["Expecting", "list", "none of the known shapes", "no text", "no text", "<|im_end|>",
-                                "tokens are more than max_tokens=300", "pairs and single answers"], 2):
+                                "tokens are more than max_tokens=300", "pairs and single answers", "surrogates"], 2):
         assert re.search(rf"rows\.jsonl, line {i}: .*{re.escape(reason)}", words), (i, reason)
-    with pytest.raises(ValueError, match=r"8 of 16 rows .* line 2: "):
+    with pytest.raises(ValueError, match=r"9 of 18 rows .* line 2: "):
         sft.prepare(write_jsonl(tmp_path / "rows.jsonl", good[:1] + bad + good[2:]), lean, tmp_path / "g.arrow",
                     max_tokens=300)
     assert not (tmp_path / "g.arrow").exists()
@@ -5804,7 +5804,8 @@ def test_problems_of_every_shape_are_read(tmp_path):
 def test_a_bad_problem_is_named_by_its_row(tmp_path):
     path = tmp_path / "rows.jsonl"
     for row, what in (({"problem": "p"}, "no answer"), ({"problem": "p", "solution": "no box"}, "no answer"),
-                      ({"answer": "5"}, "no problem"), ({"problem": " ", "answer": "5"}, "no problem")):
+                      ({"answer": "5"}, "no problem"), ({"problem": " ", "answer": "5"}, "no problem"),
+                      ({"prompt": [{"role": "user", "content": "p"}], "answer": "5"}, "no problem")):
         path.write_text(json.dumps({"problem": "p", "answer": "1"}) + "\n" + json.dumps(row) + "\n")
         with pytest.raises(ValueError, match=f"row 2: {what}"):
             ev.load_problems(str(path))
