@@ -538,8 +538,7 @@ class LLM:
                  block_size: int = 16, num_gpu_blocks_override: int | None = None,
                  gpu_memory_utilization: float = 0.9, enforce_eager: bool = False, enable_prefix_caching: bool = True,
                  async_scheduling: bool | None = None, seed: int = 0, device: str | None = None):
-        folder = local_folder(model)
-        config = Config.from_pretrained(folder)
+        config = Config.from_pretrained(folder := local_folder(model))
         self.max_model_len = config.max_position_embeddings if max_model_len is None else max_model_len
         for name, value in dict(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens,
                                 block_size=block_size, max_model_len=self.max_model_len, num_gpu_blocks_override=
@@ -828,6 +827,7 @@ def answer(arguments: Arguments, prompt: str) -> None:
     for piece in itertools.chain(llm.stream(prompt, params), "\n"):
         print(piece if llm.mesh.tp_rank == 0 else "", end="", flush=True)
     if llm.mesh.tp > 1:
+        llm.sleep()                         # NCCL would wait for ever for graphs that hold its operations
         dist.destroy_process_group()
 
 def timed(call: Callable) -> float:

@@ -475,8 +475,7 @@ class Rollouts:
 
     def ask(self, samples: list[dict], temperature: float, weights) -> tuple[list, list]:
         """Refs of what will be generated, and of what will be judged. No one waits here: data flows between actors."""
-        sampling = {"temperature": temperature, "max_tokens": self.c.max_response}
-        generated, judged = [], []
+        sampling, generated, judged = {"temperature": temperature, "max_tokens": self.c.max_response}, [], []
         for i, ranks in enumerate(self.generators):
             share = [sample for sample in samples if sample["group"] % len(self.generators) == i]
             if share:
@@ -624,10 +623,9 @@ def update(learner: Learner, batch: dict, rows: list[int], rise: float, c: Confi
         part = {name: x[micro["rows"]] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
         total, found = learner.step(model, hidden, micro, part, c)
         return total, {name: clean(part["mask"], x.detach().double())[0].sum() for name, x in found.items()}
-    mesh = learner.model.mesh
-    for found in run(learner.model, micro_batches(batch, rows, mesh, c.micro_tokens), loss):
+    for found in run(learner.model, micro_batches(batch, rows, learner.model.mesh, c.micro_tokens), loss):
         for name, x in found.items():
-            log[name] += float(x) * (mesh.tp_rank == 0)
+            log[name] += float(x) * (learner.model.mesh.tp_rank == 0)
     log[f"{learner.name}_norm"] = float(learner.optimizer.step(learner.lr * rise))
 
 # --- what a batch has to say -----------------------------------------------------------------------------------------
@@ -710,7 +708,6 @@ def learn(r: Run, batch: dict, step: int, clock: Clock) -> dict:
         batch["values"] = measure(r.critic.model, batch, c)
     estimate(batch, c)
     clock.lap("measure")
-
     for epoch in range(c.epochs):
         for rows in minibatches(batch, c, step, epoch):
             if r.critic:
@@ -822,6 +819,8 @@ def finish(r: Run) -> None:
     weights = pack_weights(r.policy.model, r.c.steps)
     if r.rollouts:
         r.score(r.c.steps, r.rollouts.ray.put(weights))
+    if r.mesh.size > 1:
+        dist.broadcast_object_list([None])              # no rank leaves while another waits for what it has sent
     r.metrics.close()
 
 # --- settings that cannot be, prompts, the demo ----------------------------------------------------------------------
@@ -887,14 +886,15 @@ def demo() -> None:
         scores = train(Config(
             *school(folder), out=str(Path(folder, "ppo")), batch=128, max_prompt=128, max_response=40, minibatches=2,
             steps=24, lr=2e-4, critic_lr=1e-3, warmup=5, eval_every=8, eval_temperature=1.0, log_every=4, device="cpu"))
-    print("score on problems that nobody has shown it: "
-          + ", ".join(f"{score:.0%} after {step} steps" for step, score in scores.items()))
+    print("score on new problems: " + ", ".join(f"{score:.0%} after {step} steps" for step, score in scores.items()))
     assert scores[24] > scores[0] + 0.2, "PPO should have raised the score by 20 points"
 
 def main() -> None:
     if len(sys.argv) == 1 and "RANK" not in os.environ:
         return demo()
     train(sft.arguments(Config))
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -1268,6 +1268,64 @@ def test_arrowlite_demo_runs():
     assert "1 shuffled row" in done.stdout
 
 
+def test_arrowlite_days_that_no_date32_counts_are_refused():
+    far = np.array([3_650_000_000], "M8[D]")            # more days than 32 bits hold: they came back as year -1763891
+    for values in (far, far.astype("M8[s]")):
+        with pytest.raises(ValueError, match="does not fit"):
+            al.array(values, "date32")
+    assert al.array(np.array([2**31 - 1], "M8[D]"), "date32").to_numpy()[0] == np.datetime64(2**31 - 1, "D")
+
+
+def test_arrowlite_every_spelling_of_a_type_is_a_type_or_refused_in_words():
+    for text in ("dictionary<null, utf8>", "dictionary<date32, utf8>", "dictionary<bool, utf8>", "dictionary<utf8>",
+                 "dictionary<list<int8>, utf8>", "list<>", "list<int8, int8>", "timestamp", "fixed_size_list<int8>",
+                 "fixed_size_binary[0]", "duration[h]"):
+        with pytest.raises(ValueError, match="not a complete type"):
+            al.array([], text)
+    for text, kind in (("string_view", "large_utf8"), ("binary_view", "large_binary")):     # as views are read
+        assert al.array([], text).type == kind
+
+
+def test_arrowlite_bytes_and_lists_of_one_length_take_a_fixed_size():
+    for source in ("binary", "large_binary"):
+        assert al.array(al.array([b"ab", None], source), "fixed_size_binary[2]").to_pylist() == [b"ab", None]
+    for source in ("utf8", "large_utf8"):
+        with pytest.raises(ValueError, match="cannot become"):
+            al.array(al.array(["ab"], source), "fixed_size_binary[2]")
+    assert al.array([[], None, []], "fixed_size_list<int8>[0]").to_pylist() == [[], None, []]
+    with pytest.raises(ValueError, match="a row of 1 is no"):
+        al.array([[], [1]], "fixed_size_list<int8>[0]")
+    pairs = al.array([[1, 2], None], "fixed_size_list<int8>[2]")
+    assert al.array(pairs, "fixed_size_list<float32>[2]").to_pylist() == [[1.0, 2.0], None]
+    with pytest.raises(ValueError, match="a row of 2 is no"):
+        al.array(pairs, "fixed_size_list<int8>[3]")
+
+
+def test_arrowlite_a_slice_is_pickled_without_the_rest():
+    import pickle
+    words, flags = [f"word {i}" for i in range(100_000)], [i % 3 == 0 or None for i in range(100_000)]
+    lists = [[i, None, str(i)][: i % 4 and 1] for i in range(100_000)]
+    table = al.Table.from_pydict({"t": words, "b": flags, "l": lists, "when": [dt.date(2020, 1, 1)] * 100_000})
+    part = table[50_003:50_010]
+    data = pickle.dumps(part)
+    assert len(data) < 4000 and pickle.loads(data).to_pylist() == part.to_pylist()
+
+
+def test_arrowlite_a_damaged_column_has_no_size_and_a_forged_count_of_rows_is_refused(tmp_path):
+    lists = al.array([[1], [2]], "list<int8>")
+    bad = al.Array(al.as_type("list<list<int8>>"), 1, np.array([5, 6], np.int32), [lists])     # row 5 of 2
+    with pytest.raises(ValueError, match="outside of its data"):
+        _ = bad.nbytes
+    with pytest.raises(ValueError, match="outside of its data"):
+        al.write(al.Table(al.Schema({"l": bad.type}), [al.Array(al.Schema({"l": bad.type}).type, 1, None, [bad])]),
+                 tmp_path / "t.arrow")
+    al.write(al.Table.from_pydict({"x": np.arange(12345)}), tmp_path / "t.arrows", stream=True)
+    data, honest = (tmp_path / "t.arrows").read_bytes(), struct.pack("<q", 12345)
+    (tmp_path / "t.arrows").write_bytes(data.replace(honest, struct.pack("<q", 2**31), 2))
+    with pytest.raises(ValueError, match="rows in .* bytes cannot be"):         # not when 17 GB of row numbers are made
+        al.read(tmp_path / "t.arrows")
+
+
 # --- actors.py -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module", params=["actors", "ray"])
@@ -2625,8 +2683,8 @@ def test_memory_of_failed_and_interrupted_work_comes_back(small):
             small.get(half_packable.remote())
     for _ in range(8):
         timer = threading.Timer(random.random() * 0.05, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
+            timer.start()
             while True:
                 small.put(large)
         timer.join()
@@ -2714,6 +2772,237 @@ for _ in range(3):
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=60)
     assert done.stdout == "1\n1\n1\n", done.stdout + done.stderr
+
+
+def test_what_is_over_does_not_start_when_its_arguments_come(small):
+    @small.remote
+    def slow():
+        time.sleep(0.3)
+        return 1
+
+    @small.remote
+    def f(*values):
+        return values
+
+    @small.remote
+    class Actor:
+        def f(self, *values):
+            return values
+
+    late, actor = slow.remote(), Actor.remote()
+    cancelled, killed = f.remote(late, small.put(2)), actor.f.remote(late, small.put(2))
+    small.cancel(cancelled)
+    small.kill(actor)                                           # the second argument of both is freed now
+    with pytest.raises(small.exceptions.TaskCancelledError):
+        small.get(cancelled, timeout=10)
+    with pytest.raises(small.exceptions.ActorDiedError):
+        small.get(killed, timeout=10)
+    assert small.get(late, timeout=10) == 1 and small.get(f.remote(3), timeout=10) == (3,)
+
+
+def test_a_long_chain_of_failures_ends_with_the_first_cause(small):
+    @small.remote
+    def fail():
+        time.sleep(0.3)
+        raise KeyError("lost")
+
+    @small.remote
+    def use(x):
+        return x
+
+    @small.remote
+    class Actor:
+        def use(self, x):
+            return x
+
+    actor = Actor.remote()
+    for link in (use, actor.use):
+        ref = fail.remote()
+        for _ in range(1000):
+            ref = link.remote(ref)
+        with pytest.raises(KeyError, match="lost"):
+            small.get(ref, timeout=30)
+    assert small.get(use.remote(1), timeout=10) == 1
+
+
+def test_a_cancelled_task_leaves_the_actors_that_it_made(small):
+    @small.remote(num_cpus=4)
+    class Actor:
+        def f(self):
+            return 1
+
+    @small.remote
+    def make():
+        actor = Actor.options(name="waits for four CPUs", lifetime="detached").remote()
+        while actor:
+            time.sleep(0.01)
+
+    def named():
+        try:
+            return small.get_actor("waits for four CPUs")
+        except ValueError:
+            return None
+
+    ref = make.remote()
+    eventually(named)
+    actor = named()
+    small.cancel(ref)
+    with pytest.raises(small.exceptions.TaskCancelledError):
+        small.get(ref, timeout=10)
+    assert small.get(actor.f.remote(), timeout=10) == 1
+    small.kill(actor)
+
+
+def test_more_workers_than_the_soft_limit_of_descriptors():
+    code = f"""
+import resource, sys; sys.path.insert(0, {str(HERE)!r})
+import actors as ray
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+ray.init(num_cpus=1)
+@ray.remote
+class Actor:
+    def f(self): return 1
+actors = [Actor.remote() for _ in range(40)]
+print(sum(ray.get([actor.f.remote() for actor in actors])))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "40\n", done.stderr
+
+
+def test_a_worker_of_another_node_is_heard_to_the_end(cluster):
+    """What it says and prints before it dies comes before the news of its death: both go through its node."""
+    node = cluster.add_node(num_cpus=2)
+
+    @small_ray.remote(num_cpus=0, scheduling_strategy=on(node))
+    class Actor:
+        def work(self):
+            return os.getpid()
+
+        def leave(self):
+            small_ray.actor.exit_actor()
+
+    for _ in range(10):
+        actor = Actor.remote()
+        refs, last = [actor.work.remote() for _ in range(50)], actor.leave.remote()
+        assert len(set(small_ray.get(refs, timeout=20))) == 1
+        with pytest.raises(small_ray.exceptions.ActorDiedError):
+            small_ray.get(last, timeout=20)
+
+
+def test_a_node_joins_by_command(cluster):
+    command = [sys.executable, str(HERE / "actors.py"), "node", cluster.address]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as node:
+        with node.stdin:
+            node.stdin.write(cluster.key + "\n")
+        try:
+            assert node.stdout.readline() == "ready\n"
+            eventually(lambda: len(small_ray.nodes()) == 2)
+        finally:
+            cluster.shutdown()                                  # the node ends when the hub does
+        assert node.wait(10) == 0
+
+
+def test_hello_in_pieces_is_heard(cluster):
+    """64 bytes of proof that come one by one are as good as those that come at once; so is a config in pieces."""
+    host, port = cluster.address.split(":")
+    key = bytes.fromhex(cluster.key)
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        theirs, mine = sock.recv(32, socket.MSG_WAITALL), os.urandom(32)
+        for byte in mine + small_ray._proof(key, b"client", theirs, mine):
+            sock.sendall(bytes([byte]))
+            time.sleep(0.001)
+        assert sock.recv(32, socket.MSG_WAITALL) == small_ray._proof(key, b"hub", mine, theirs)
+        config = small_ray.frame({"node": "f" * 56, "resources": {"CPU": 10_000}, "store": 1 << 20})
+        for start in range(0, len(config), 20):
+            sock.sendall(config[start:start + 20])
+            time.sleep(0.001)
+        eventually(lambda: "f" * 56 in [node["NodeID"] for node in small_ray.nodes()])
+    eventually(lambda: len(small_ray.nodes()) == 1)
+    assert small_ray.get(small_ray.remote(lambda: 1).remote(), timeout=20) == 1
+
+
+def test_a_question_that_makes_no_sense_is_the_askers_problem(small):
+    with pytest.raises(TypeError):
+        small.get_actor(["no", "name"])
+    assert small.get(small.remote(lambda: 1).remote(), timeout=10) == 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_whatever_is_done_in_whatever_order_all_comes_back(small, seed):
+    """Two seconds of random calls, crashes, restarts, kills and cancels: the hub lives, and nothing is held then."""
+    dice = random.Random(seed)
+
+    @small.remote
+    def work(*values):
+        time.sleep(0.005)
+        return values[:1]
+
+    @small.remote(num_returns=2)
+    def large(*values):
+        return np.ones(200_000), [small_ray.put(np.ones(100_000))]
+
+    @small.remote(max_retries=1)
+    def crash(*values):
+        os._exit(1)
+
+    @small.remote(num_cpus=0)
+    def nested(values):
+        return small_ray.get(work.remote(values[0]))
+
+    @small.remote(max_restarts=1, max_task_retries=1)
+    class Actor:
+        def __init__(self, *values):
+            self.values = values
+
+        def call(self, *values):
+            if not values:
+                os._exit(1)
+            return values
+
+    full, refs, actors = small.available_resources(), [small.put(0)], [Actor.remote()]
+
+    def act(ref, actor):
+        dice.choice([
+            lambda: refs.append(work.remote(ref, dice.choice(refs))), lambda: refs.extend(large.remote(ref)),
+            lambda: refs.append(crash.remote(ref)), lambda: refs.append(nested.remote([ref])),
+            lambda: refs.append(small.put([ref, np.ones(dice.choice([1, 100_000]))])),
+            lambda: refs.append(actor.call.remote(ref)), lambda: refs.append(actor.call.remote()),
+            lambda: actors.__setitem__(0, Actor.remote(ref)), lambda: actors.append(Actor.remote(ref)),
+            lambda: actors.__setitem__(0, Actor.options(name=f"{seed}", get_if_exists=True).remote(ref)),
+            lambda: small.kill(actor, no_restart=dice.random() < 0.5),
+            lambda: small.cancel(ref, force=dice.random() < 0.5), lambda: small.get(ref, timeout=0.02)])()
+
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        try:
+            act(dice.choice(refs), dice.choice(actors))
+        except small.exceptions.RaySystemError:                 # the hub is gone
+            raise
+        except (small.exceptions.RayError, ValueError):
+            pass
+        del refs[:max(0, len(refs) - 40)], actors[:max(0, len(actors) - 3)]
+    refs.clear(), actors.clear()
+    eventually(lambda: gc.collect() >= 0 and small.get(nested.remote([0]), timeout=20) == (0,)
+               and small.available_resources() == full)
+
+
+def test_an_actor_that_is_there_needs_no_arguments(small):
+    @small.remote
+    class Actor:
+        def __init__(self, value):
+            self.value = value
+
+        def get(self):
+            return self.value
+
+    actor = Actor.options(name="one", get_if_exists=True).remote(1)
+    again = Actor.options(name="one", get_if_exists=True).remote(threading.Lock())
+    assert again == actor and small.get(again.get.remote()) == 1
+    with pytest.raises(TypeError, match="argument 0, of type lock"):
+        Actor.options(name="two", get_if_exists=True).remote(threading.Lock())
+    with pytest.raises(ValueError, match="two"):
+        small.get_actor("two")
 
 
 # --- kernels.py ------------------------------------------------------------------------------------------------------
@@ -6453,6 +6742,28 @@ def assert_equal_weights(out, other, model):
     for value_head in (False, True):
         ours, theirs = weights_of(out, model, value_head), weights_of(other, model, value_head)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def leave(model, replay, out, settings):
+    """When this rank had its part of the last weights, and when it left."""
+    pack, packed = ppo.pack_weights, []
+
+    def slow(*arguments):
+        weights = pack(*arguments)
+        time.sleep(1 - dist.get_rank())                     # rank 0 takes a second to receive what the others send
+        packed.append(time.time())
+        return weights
+
+    ppo.pack_weights = slow
+    three_steps(model, replay, out, settings)
+    return packed[-1], time.time()
+
+
+def test_no_rank_leaves_before_the_last_has_all_of_the_weights(vivid, tmp_path):
+    """A process that ends while what it sends is on its way leaves the other end waiting for ever."""
+    replay = uneven_rollouts(tmp_path / "rollouts.arrow")
+    (received, _), (_, left) = on_ranks(2, leave, vivid, replay, tmp_path / "out", {"tp": 2}, timeout=240)
+    assert left >= received
 
 
 @pytest.mark.parametrize("algorithm", [{"truncated": "bootstrap"}, {
