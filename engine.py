@@ -26,7 +26,7 @@ score, sleep, wake), SamplingParams, RequestOutput, CompletionOutput.
     python engine.py --model Qwen/Qwen3-0.6B "Why is the sky blue?"
     torchrun --nproc-per-node 2 engine.py --tensor_parallel_size 2 --model Qwen/Qwen3-0.6B "Why is the sky blue?"
 """
-import itertools, json, math, random, sys, tempfile, time
+import itertools, json, math, random, sys, tempfile, time, weakref
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -552,12 +552,12 @@ class LLM:
         kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         _require(isinstance(kind, torch.dtype) and kind.is_floating_point, f"dtype = {dtype!r}: try auto or bfloat16")
         self.model = Qwen3.from_pretrained(folder, self.mesh, dtype=kind, sequence_parallel=False).requires_grad_(False)
-        self.config, self.seed, self.weight_version = config, seed, 0
+        self.config, self.eos, self.seed, self.weight_version = config, _end_tokens(folder, config), seed, 0
         # Without a tokenizer prompts are token ids, and outputs have no text.
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if any(folder.glob("tokenizer*")) else None
-        self.eos = _end_tokens(folder, config)
         table = np.zeros([max_num_seqs, -(-self.max_model_len // block_size)], np.int32)
         self.runner = Runner(self.model, table, block_size, not enforce_eager)
+        weakref.finalize(self, self.runner.free)    # at exit, too: NCCL would wait for ever for graphs that hold it
         pages = num_gpu_blocks_override or self.runner.room(gpu_memory_utilization, max_num_batched_tokens)
         self.runner.allocate(pages)
         self.scheduler = Scheduler(Blocks(pages, block_size, enable_prefix_caching), table, max_num_batched_tokens)
@@ -827,7 +827,7 @@ def answer(arguments: Arguments, prompt: str) -> None:
     for piece in itertools.chain(llm.stream(prompt, params), "\n"):
         print(piece if llm.mesh.tp_rank == 0 else "", end="", flush=True)
     if llm.mesh.tp > 1:
-        llm.sleep()                         # NCCL would wait for ever for graphs that hold its operations
+        llm.sleep()                                     # frees the graphs
         dist.destroy_process_group()
 
 def timed(call: Callable) -> float:

@@ -4903,6 +4903,17 @@ def test_sleep_and_wake_keep_requests_and_do_not_grow(tiny):
     assert {i: tokens_of([o])[0] for i, o in outputs.items()} == want and len(sizes) == 1
 
 
+def test_an_engine_that_is_gone_keeps_no_cache_and_no_graphs(tiny):
+    """Nor does the program at its end: NCCL would wait for the graphs."""
+    engine = LLM(tiny, max_model_len=64, max_num_seqs=2)
+    runner = engine.runner
+    engine.generate("hello", SamplingParams(max_tokens=3), use_tqdm=False)
+    assert runner.cache is not None
+    del engine
+    gc.collect()
+    assert runner.cache is None and not runner.graphs
+
+
 def test_score_does_not_depend_on_company_and_leaves_requests_alone(tiny):
     engine = LLM(tiny, max_model_len=128, max_num_batched_tokens=50)
     texts = some_prompts(13, 8, 60)
