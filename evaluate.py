@@ -344,7 +344,7 @@ def report(models: dict[str, list[dict]]) -> str:
     """The table that is printed: a measure a line, a model a column, in brackets what it has over the first model."""
     first, *others = models
     columns = {name: (summarize(samples), compare(models[first], samples)) for name, samples in models.items()}
-    width = max([26, *(len(name) + 2 for name in models)])
+    width = max([28, *(len(name) + 2 for name in models)])
     lines = [f"{'percent ± standard error':30}" + "".join(f"{name:>{width}}" for name in models)]
     for measure in columns[first][0]:
         scale, cells = 1 if measure == "tokens" else 100, []
