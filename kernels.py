@@ -647,6 +647,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, k, q_norm, k_norm, cos, sin, positions, eps, kv_heads):
         merged, x, positions = k is None, _dense(x), _dense(positions)
+        q_norm, k_norm = (None if weight is None else _dense(weight) for weight in (q_norm, k_norm))
         q, k, v = x.split([x.shape[1] - 2 * kv_heads, kv_heads, kv_heads], 1) if merged else (x, _dense(k), None)
         outs, sizes = _launch_rotary(q, k, q_norm, k_norm, cos, sin, positions, eps, 1)
         ctx.save_for_backward(x if merged else None, q_norm, k_norm, cos, sin, positions)

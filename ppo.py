@@ -846,7 +846,7 @@ def check(c: Config, mesh: Mesh) -> None:
     refuse(c.truncated == "bootstrap" and c.advantage != "gae", "--truncated bootstrap wants --advantage gae, a critic")
     refuse(c.runtime == "inline" and c.generators * c.generator_tp > 1, "--runtime inline has one generator of tp 1")
     refuse(c.temperature <= 0, f"--temperature {c.temperature} has no logprobs to learn from; take one above 0")
-    refuse(min(c.eval_every, c.save_every) < 1, "--eval_every and --save_every are steps, at least 1")
+    refuse(min(c.eval_every, c.save_every, c.log_every) < 1, "--eval_every, --save_every and --log_every: at least 1")
     refuse(gpus and c.generator_tp > (left or gpus),
            f"--generator_tp {c.generator_tp} wants as many GPUs, and the trainers leave {left} of {gpus}")
     parallel.check_layout(shape, Mesh(tp=c.generator_tp), 1)

@@ -3141,6 +3141,8 @@ def interpreted_columns():
             ("flash_attention", lambda *x: K.flash_attention(q, k, v, *x), [ends([2, 4])]),
             ("paged_attention", lambda *x: K.paged_attention(*cache[:3], *x), cache[3:]),
             ("rms_norm", lambda *x: K.rms_norm(q, *x), [weight]),
+            ("qkv_rotary", lambda *x: K.qkv_rotary(q.flatten(1), 2, 1, angles.cos().T, angles.sin().T, positions,
+                                                   *x)[0], [weight, weight + 1]),
             ("rotary", lambda *x: K.rotary(q, k, angles.cos().T.contiguous(), angles.sin().T.contiguous(), *x)[0],
              [positions]),
             ("tables", lambda *x: K.rotary(q, k, *x, positions)[1], [angles.cos().T, angles.sin().T]),
@@ -7154,6 +7156,7 @@ def test_mathematics_is_graded_and_held_out_problems_are_scored(vivid, task, tmp
     (dict(max_prompt=50), r"row 0 of .*problems.jsonl is a prompt of \d+ tokens; raise --max_prompt"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl"), (dict(tp=2), "dp x pp x tp"),
     (dict(temperature=0.0), "has no logprobs to learn from"), (dict(save_every=0), "at least 1"),
+    (dict(log_every=0), "at least 1"),
     (dict(runtime="actors", generator_tp=3), "cannot be split over tp=3")])
 def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, task, tmp_path, changes, words):
     changes = {k: v.replace("{task}", str(task)) if isinstance(v, str) else v for k, v in changes.items()}
