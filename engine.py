@@ -888,10 +888,10 @@ def benchmark() -> None:
 def main() -> None:
     parser = transformers.HfArgumentParser(Arguments, description="see the first lines of engine.py")
     parser.add_argument("prompt", nargs="*")
-    arguments, rest = parser.parse_args_into_dataclasses()
-    _require(bool(arguments.model) == bool(rest.prompt), "give --model and a question, or neither")
+    arguments = parser.parse_args()                         # an Arguments, and the prompt
+    _require(bool(arguments.model) == bool(arguments.prompt), "give --model and a question, or neither")
     if arguments.model:
-        return answer(arguments, " ".join(rest.prompt))
+        return answer(arguments, " ".join(arguments.prompt))
     if not arguments.bench:
         demo()
     benchmark()

@@ -585,7 +585,7 @@ def main() -> None:
     if len(sys.argv) == 1:
         return demo()
     from transformers import HfArgumentParser
-    run(*HfArgumentParser(Config).parse_args_into_dataclasses())
+    run(Config(**vars(HfArgumentParser(Config).parse_args())))
 
 if __name__ == "__main__":
     main()

@@ -89,11 +89,12 @@ class Config:
                       "qk_norm": kind == "qwen3", "attention_bias": found.get("attention_bias", kind == "qwen2")})
 
     def to_json(self) -> bytes:
-        """config.json, as transformers reads it."""
+        """config.json, as transformers reads it; to one without a version it warns of a tokenizer that is not there."""
         kind = "llama" if self.model_type == "qwen3" and not self.qk_norm else self.model_type
         rope = {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}
-        own = {"model_type": kind, "architectures": [kind.capitalize() + "ForCausalLM"], "rope_parameters": rope}
-        return json.dumps(asdict(replace(self, rope_scaling=None)) | own | {"hidden_act": "silu"}, indent=2).encode()
+        own = {"model_type": kind, "architectures": [kind.capitalize() + "ForCausalLM"], "rope_parameters": rope,
+               "hidden_act": "silu", "transformers_version": "5.0.0"}
+        return json.dumps(asdict(replace(self, rope_scaling=None)) | own, indent=2).encode()
 
 def local_folder(model: str | Path) -> Path:
     """A model directory, fetched from the hub where the name is not that of a folder."""
@@ -1087,7 +1088,7 @@ def main() -> None:
             sys.exit("usage: python parallel.py merge CHECKPOINT OUT")
         return print(merge(*sys.argv[2:]))
     from transformers import HfArgumentParser
-    settings, = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    settings = Settings(**vars(HfArgumentParser(Settings).parse_args()))
     mesh = init(settings.dp, settings.pp, settings.tp, settings.device)
     if not settings.bench:
         demo(mesh, settings)

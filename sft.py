@@ -416,7 +416,7 @@ def dpo_loss(model, hidden: Tensor, batch: dict, kind: str = "dpo", beta: float 
 
 def arguments(kind: type, args: list[str] | None = None):
     """A Config from the command line; an unknown flag is an error."""
-    return HfArgumentParser(kind).parse_args_into_dataclasses(args)[0]
+    return kind(**vars(HfArgumentParser(kind).parse_args(args)))
 
 FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", "log_every", "eval_every", "save_every",
         "keep", "resume", "wandb"}      # settings that do not change what is computed, but for rounding
