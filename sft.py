@@ -116,10 +116,16 @@ def _question(row: dict) -> list[dict]:
 def _pair(row: dict, name: str) -> list[dict]:
     """One of two answers to a prompt, or one of two conversations, which say the prompt themselves."""
     answer = _turns(row[name], "assistant")
-    if answer[0]["role"] != "assistant":
+    if answer and answer[0]["role"] != "assistant":
         return answer
-    return (_math(row["problem"], "")[:1] if "problem" in row else
-            _turns(row.get("prompt") or row["question"], "user")) + answer
+    if "problem" in row:
+        return _math(row["problem"], "")[:1] + answer
+    if not (prompt := row.get("prompt") or row.get("question")):
+        raise ValueError(f"{name} begins with the assistant's turn, and there is no prompt, question or problem")
+    return _turns(prompt, "user") + answer
+
+def _prompt(messages: list[dict]) -> list[dict]:
+    return list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
 
 SHAPES = {              # columns, and the conversations in them; a row has the first shape of which it has all columns
     ("chosen", "rejected"): lambda row: {name + "_": _pair(row, name) for name in ("chosen", "rejected")},
@@ -174,6 +180,8 @@ class Chat:
         return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(itertools.pairwise([*cuts, len(text)]))]
 
     def _check(self, messages: list[dict]) -> None:
+        if not messages:
+            raise ValueError("the conversation has no turns")
         for message in messages:
             if not isinstance(message.get("content"), str) or not message["content"].strip():
                 raise ValueError(f"the {message.get('role')}'s turn has no text")
@@ -224,9 +232,14 @@ def read_rows(data: str, split: str = "train"):
 def is_held_out(messages: list[dict], share: float) -> bool:
     """By a hash of the prompt, whatever its spaces and capitals: with two solutions it is on one side, and on the same
     side of every data set that it is in."""
-    prompt = itertools.takewhile(lambda message: message["role"] != "assistant", messages)
-    text = " ".join(" ".join(message["content"].lower().split()) for message in prompt)
+    text = " ".join(" ".join(message["content"].lower().split()) for message in _prompt(messages))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+def check_pair(chosen: list[dict], rejected: list[dict]) -> None:
+    if chosen == rejected:
+        raise ValueError("chosen and rejected are the same")
+    if _prompt(chosen) != _prompt(rejected):
+        raise ValueError("chosen and rejected answer different prompts")
 
 def tokenize(chat: Chat, rows: list, held_out: float, max_tokens: int):
     """(where, what `prepare` writes of this row, or in words why it cannot be used)."""
@@ -234,6 +247,8 @@ def tokenize(chat: Chat, rows: list, held_out: float, max_tokens: int):
     for where, row in rows:
         try:
             talks = conversations(json.loads(row) if isinstance(row, bytes) else row)
+            if len(talks) == 2:
+                check_pair(*talks.values())
             documents = {prefix: chat.pieces(messages) for prefix, messages in talks.items()}
             parsed.append((where, is_held_out(next(iter(talks.values())), held_out), documents))
         except Exception as error:                      # a row can be wrong in more ways than there are names for
@@ -252,6 +267,8 @@ def prepare(data: str, model, out: str, held_out: float = 1 / 180, max_tokens: i
     """Write the Arrow file that `train` takes: input_ids list<int32>, loss_mask list<uint8>, held_out bool; of pairs,
     chosen_input_ids, rejected_input_ids and so on. `model` is a tokenizer or where to find one. A row that cannot be
     used is named and counted; a data set of which half the rows are so is refused. Rows stream through, 1000 a time."""
+    if not 0 <= held_out <= 1:
+        raise ValueError(f"--held_out {held_out} is a share, and should be from 0 to 1")
     chat = Chat(AutoTokenizer.from_pretrained(model) if isinstance(model, (str, Path)) else model)
     rows, counts, skipped, writer = read_rows(data, split), Counter(), [], None
     with contextlib.ExitStack() as stack, tqdm(desc=f"prepare {out}", unit=" rows") as bar:
@@ -418,6 +435,20 @@ def arguments(kind: type, args: list[str] | None = None):
     """A Config from the command line; an unknown flag is an error."""
     return kind(**vars(HfArgumentParser(kind).parse_args(args)))
 
+RANGES = {"at least 1": lambda x: x >= 1, "at least 0": lambda x: x >= 0, "above 0": lambda x: x > 0,
+          "from 0 to 1": lambda x: 0 <= x <= 1, "at least 0 and below 1": lambda x: 0 <= x < 1}
+
+def check_ranges(config, names: dict[str, str]) -> None:
+    """Refuse numbers that make no sense, of which most would be taken in silence; NaN is in no range."""
+    for words, of in names.items():
+        for name in of.split():
+            value = getattr(config, name)
+            if value is not None and not RANGES[words](value):
+                raise ValueError(f"--{name} {value} should be {words}")
+
+NUMBERS = {"at least 1": "epochs steps batch max_tokens dp pp tp chunks log_every eval_every save_every",
+           "at least 0": "keep weight_decay lr min_lr", "above 0": "beta clip explode",
+           "from 0 to 1": "warmup label_smoothing", "at least 0 and below 1": "beta1 beta2"}
 FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", "log_every", "eval_every", "save_every",
         "keep", "resume", "wandb"}      # settings that do not change what is computed, but for rounding
 
@@ -428,8 +459,8 @@ def claim(config, free: set[str] = FREE) -> None:
     if saved.exists() and not config.resume:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
     old = json.loads(saved.read_text()) if saved.exists() else {}
-    now = {name: value for name, value in asdict(config).items() if name not in free}
-    changed = [f"{name} was {old[name]}, now {new}" for name, new in now.items() if old.get(name, new) != new]
+    now = {name: value for name, value in asdict(config).items() if name in old.keys() - free}
+    changed = [f"{name} was {old[name]}, now {new}" for name, new in now.items() if old[name] != new]
     if changed:
         raise ValueError(f"{out} holds a run with other settings: {'; '.join(changed)}; use the same to resume it")
     if dist.is_initialized():
@@ -536,6 +567,7 @@ class Trainer:
     """A model, its optimizer and the rows to learn from, on one rank of whatever mesh there is."""
 
     def __init__(self, config: Config):
+        check_ranges(config, NUMBERS)
         self.config, self.mesh = config, parallel.init(config.dp, config.pp, config.tp, config.device)
         self.examples = Examples(config.data, pairs=config.loss != "sft")
         dtype = getattr(torch, config.dtype) if config.dtype else None
@@ -552,13 +584,14 @@ class Trainer:
                                           length_normalized=config.length_normalized)
             self.names = ("loss", "accuracy", "margin", "reward")
         self.batch = min(config.batch, len(self.examples.learned))
+        self.data = [len(self.examples.lengths), int(self.examples.lengths.sum())]      # what tells files apart
         self.steps = config.steps or config.epochs * (len(self.examples.learned) // self.batch)
 
     def check(self) -> None:
         """Before the directory of the run is taken."""
         config, examples, model = self.config, self.examples, self.model.config
-        if min(config.epochs, config.batch, config.log_every, config.eval_every, config.save_every) < 1:
-            raise ValueError("--epochs, --batch, --log_every, --eval_every and --save_every are at least 1")
+        if config.min_lr > config.lr:
+            raise ValueError(f"--min_lr {config.min_lr}, where --lr {config.lr} ends, should not be above it")
         if len(examples.learned) == 0:
             raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
         if examples.tokens_below > model.vocab_size:
@@ -645,7 +678,7 @@ class Trainer:
 
     def save(self, done: int) -> None:
         out = Path(self.config.out)
-        parallel.save(out / f"step-{done:06d}", self.model, self.optimizer, {"step": done})
+        parallel.save(out / f"step-{done:06d}", self.model, self.optimizer, {"step": done, "data": self.data})
         if self.mesh.rank == 0:
             for old in sorted(out.glob("step-*"))[: -self.config.keep]:
                 shutil.rmtree(old)
@@ -675,7 +708,10 @@ class Trainer:
     def run(self) -> dict:
         config, values = self.config, {}
         found = config.resume and parallel.latest(config.out)
-        start = parallel.load(found, self.model, self.optimizer)["step"] if found else 0
+        state = parallel.load(found, self.model, self.optimizer) if found else {}
+        if state.get("data", self.data) != self.data:
+            raise ValueError(f"{config.data} is not the file that {found} has learned from: it has other rows")
+        start = state.get("step", 0)
         metrics = Metrics(config, self.steps, start)
         for number in range(start + 1, self.steps + 1):
             values = self.learn(number)

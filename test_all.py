@@ -5306,6 +5306,20 @@ def test_bad_rows_are_named_and_counted_and_fatal_only_when_most_are_bad(lean, t
         sft.prepare(write_jsonl(tmp_path / "empty.jsonl", []), lean, tmp_path / "g.arrow")
 
 
+def test_pairs_that_are_none_are_skipped_and_say_why(lean, tmp_path, capsys):
+    good = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(6)]
+    bad = [{"prompt": "p", "chosen": "c", "rejected": "c"}, {"chosen": talk("p", "c"), "rejected": talk("q", "c")},
+           {"chosen": "c", "rejected": "r"}, {"chosen": [], "rejected": talk("p", "c")}, {"messages": []}]
+    source = write_jsonl(tmp_path / "pairs.jsonl", bad + good)
+    assert sft.prepare(source, lean, tmp_path / "pairs.arrow")["rows"] == 6
+    words = capsys.readouterr().err
+    for i, reason in enumerate(["chosen and rejected are the same", "chosen and rejected answer different prompts",
+                                "there is no prompt, question or problem", "there is no prompt", "has no turns"], 1):
+        assert re.search(rf"pairs\.jsonl, line {i}: .*{reason}", words), (i, reason)
+    with pytest.raises(ValueError, match="--held_out 2 is a share"):
+        sft.prepare(source, lean, tmp_path / "none.arrow", held_out=2)
+
+
 def test_rows_stream_through_a_thousand_at_a_time(lean, tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     seen, written = [], []
@@ -5630,6 +5644,9 @@ def test_a_run_does_not_overwrite_another(mini, tmp_path):
     with pytest.raises(AssertionError, match="ValueError: .* lr was 0.001, now 0.1"):
         on_ranks(1, functools.partial(trained, resume=True, lr=0.1), mini, data, out)
     assert before == {p: p.stat().st_mtime_ns for p in out.rglob("*")}
+    al.write(al.read(data).slice(1, len(al.read(data)) - 1), data)
+    with pytest.raises(AssertionError, match="ValueError: .* is not the file that .*step-000005 has learned from"):
+        on_ranks(1, functools.partial(trained, resume=True), mini, data, out)
 
 
 def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, capsys):
@@ -5646,7 +5663,14 @@ def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, c
                                (dict(data=data, loss="dpo"), "no column 'chosen_input_ids'"),
                                (dict(data=words), "151,669 .* prepare it with --model"),
                                (dict(data=data, max_tokens=20), "raise --max_tokens"),
-                               (dict(data=data, save_every=0), "--save_every are at least 1"),
+                               (dict(data=data, save_every=0), "--save_every 0 should be at least 1"),
+                               (dict(data=data, keep=-1), "--keep -1 should be at least 0"),
+                               (dict(data=data, steps=-3), "--steps -3 should be at least 1"),
+                               (dict(data=data, clip=0.0), "--clip 0.0 should be above 0"),
+                               (dict(data=data, weight_decay=math.nan), "--weight_decay nan should be at least 0"),
+                               (dict(data=data, warmup=5.0), "--warmup 5.0 should be from 0 to 1"),
+                               (dict(data=data, beta1=1.0), "--beta1 1.0 should be at least 0 and below 1"),
+                               (dict(data=data, lr=1e-6), "--min_lr 5e-06, where --lr 1e-06 ends, should not be above"),
                                (dict(data=data, tp=3), "torchrun"), (dict(data=data, model="nowhere"), "nowhere")]:
         with pytest.raises((ValueError, FileNotFoundError), match=sentence):
             sft.train(sft.Config(**dict(model=mini, out=str(out), device="cpu") | settings))
