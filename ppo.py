@@ -148,11 +148,9 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def group_advantages(kind: str, rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
     """Responses to one prompt are measured against each other, so that no critic is needed. groups [rows] numbers the
     prompts, which may have different numbers of rows. R is the sum of a row's rewards.
-
     grpo         (R - mean) / std of the group                         (arXiv 2402.03300, 4.1.2)
     rloo         R - mean of the others = (R - mean) n / (n - 1)       (arXiv 2402.14740, eq. 6)
     reinforce++  sum of the rewards from here on, minus the mean if there are others; whitened   (arXiv 2501.03262)
-
     For the first two, a row that is alone in its group says nothing: 0."""
     rewards, = clean(mask, rewards)
     score = rewards.sum(1)                                                  # [rows]
@@ -293,7 +291,6 @@ def micro_batch(batch: dict, rows: list[int]) -> dict:
 class Generator:
     """One engine, or one rank of a tensor-parallel one. Calls overlap: their requests run in one batch, and every call
     turns the engine until its own are done. Weights come with a call; newer ones hold for what runs already, too."""
-
     def __init__(self, model: str, tp: int, options: dict):
         if not torch.cuda.is_available():
             torch.set_num_threads(1)                    # processes share the cores
@@ -354,7 +351,6 @@ def unpack_weights(weights: dict) -> dict[str, Tensor]:
 
 class Judge:
     """Gives responses their rewards. Those of `math` are made by evaluate.py's graders, in processes of their own."""
-
     def __init__(self, reward: str, graders: int, runtime: str):
         self.reward, self.function = reward, None if reward == "math" else load_function(reward)
         if self.function is None:
@@ -384,7 +380,9 @@ def load_function(spec: str):
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise FileNotFoundError(f"--reward {spec}: take math, or FILE.py:function of a file that exists")
-    module = importlib.util.module_from_spec(found := importlib.util.spec_from_file_location(Path(path).stem, path))
+    found = importlib.util.spec_from_file_location("reward_" + Path(path).stem, path)
+    module = sys.modules[found.name] = importlib.util.module_from_spec(found)       # dataclasses look for it there
+    sys.path.append(str(Path(path).resolve().parent))                               # for files beside it
     found.loader.exec_module(module)
     if not callable(getattr(module, name, None)):
         raise ValueError(f"--reward {spec}: {path} has no function {name}(response, row)")
@@ -394,7 +392,6 @@ class Inline:
     """Ray's words in one process. A call is a coroutine, which goes on while somebody waits: a breakpoint in a
     generator or a reward stops the whole program, there."""
     exceptions = actors.exceptions
-
     def __init__(self): self.loop = asyncio.new_event_loop()
     def init(self, **_): pass
     def shutdown(self): self.loop.close()
@@ -414,7 +411,6 @@ class Inline:
 class Actor:
     loop: asyncio.AbstractEventLoop
     instance: object
-
     def __getattr__(self, name: str):
         async def call(*args):
             args = [await arg if isinstance(arg, asyncio.Future) else arg for arg in args]
@@ -433,7 +429,6 @@ def spare_gpus() -> list[str]:
 
 class Rollouts:
     """Prompts and seeds of a batch follow from its number, so that is all that a checkpoint has to know of them."""
-
     def __init__(self, c: Config, problems: list[dict], held_out: list[dict], step: int, ahead: int):
         self.c, self.problems, self.held_out = c, problems, held_out
         self.asked, self.batches = step + ahead, {}     # those before are files; {number: refs of the rest}
@@ -825,15 +820,21 @@ def finish(r: Run) -> None:
 
 # --- settings that cannot be, prompts, the demo ----------------------------------------------------------------------
 
+NUMBERS = {"at least 1": "batch samples max_prompt max_response minibatches epochs steps generator_tp micro_tokens "
+                         "save_every eval_every log_every", "above 0": "temperature cap clip",
+           "at least 0": "overlong_buffer clip_low clip_high dual_clip kl_coef value_clip critic_warmup lr critic_lr "
+           "warmup weight_decay staleness generators graders keep eval_temperature", "from 0 to 1": "gamma lam memory"}
 FREE = sft.FREE | {"memory", "micro_tokens", "runtime", "generators", "generator_tp", "graders", "staleness", "steps"}
 
 def check(c: Config, mesh: Mesh) -> None:
     """Fills in what depends on the machine, and refuses what cannot be."""
+    sft.check_ranges(c, NUMBERS)
     gpus = torch.cuda.device_count() if mesh.device.type == "cuda" else 0
     left = max(0, gpus - mesh.size)
     c.runtime = c.runtime or ("inline" if gpus and not left else "actors")
     c.generators = c.generators or max(1, left // c.generator_tp)
     c.steps = 1 if c.replay else c.steps
+    c.critic_warmup *= c.advantage == "gae"             # without a critic there is nothing to wait for
     def refuse(wrong, why: str) -> None:
         if wrong: raise ValueError(why)
     missing = [flag for flag, x in (("--model", c.model), ("--data", c.data or c.replay), ("--out", c.out)) if not x]
@@ -845,14 +846,13 @@ def check(c: Config, mesh: Mesh) -> None:
            "--advantage grpo, rloo and --drop_equal compare the responses to a prompt: take --samples 2 or more")
     refuse(c.truncated == "bootstrap" and c.advantage != "gae", "--truncated bootstrap wants --advantage gae, a critic")
     refuse(c.runtime == "inline" and c.generators * c.generator_tp > 1, "--runtime inline has one generator of tp 1")
-    refuse(c.temperature <= 0, f"--temperature {c.temperature} has no logprobs to learn from; take one above 0")
-    refuse(min(c.eval_every, c.save_every, c.log_every) < 1, "--eval_every, --save_every and --log_every: at least 1")
     refuse(gpus and c.generator_tp > (left or gpus),
            f"--generator_tp {c.generator_tp} wants as many GPUs, and the trainers leave {left} of {gpus}")
     parallel.check_layout(shape, Mesh(tp=c.generator_tp), 1)
-    refuse(c.batch * c.samples < c.minibatches,
-           f"{c.batch} x {c.samples} responses do not make {c.minibatches} minibatches")
-    refuse(c.replay and not Path(c.replay).exists(), f"there is no file {c.replay} to replay")
+    refuse((n := c.batch * c.samples) < c.minibatches, f"{n} responses do not make {c.minibatches} minibatches")
+    refuse(c.replay and c.rollout_only, "--rollout_only makes what --replay learns from: take one of them")
+    refuse(c.replay and not Path(c.replay).is_file(), f"there is no file {c.replay} to replay")
+    refuse(c.replay and "logprobs" not in arrowlite.read(c.replay).schema.names, f"{c.replay} has no rollouts")
     if c.reward != "math":
         load_function(c.reward)
 

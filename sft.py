@@ -212,7 +212,7 @@ def read_rows(data: str, split: str = "train"):
             raise FileNotFoundError(f"{data} has no {', '.join(kinds)} files in it")
         for file in files:
             yield from read_rows(str(file))
-    elif path.suffix == ".jsonl" and path.exists():
+    elif path.suffix in (".jsonl", ".json") and path.exists():
         with open(path, "rb") as lines:
             yield from ((f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
     elif path.suffix == ".parquet" and path.exists():

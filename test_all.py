@@ -5310,12 +5310,12 @@ def test_pairs_that_are_none_are_skipped_and_say_why(lean, tmp_path, capsys):
     good = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(6)]
     bad = [{"prompt": "p", "chosen": "c", "rejected": "c"}, {"chosen": talk("p", "c"), "rejected": talk("q", "c")},
            {"chosen": "c", "rejected": "r"}, {"chosen": [], "rejected": talk("p", "c")}, {"messages": []}]
-    source = write_jsonl(tmp_path / "pairs.jsonl", bad + good)
+    source = write_jsonl(tmp_path / "pairs.json", bad + good)
     assert sft.prepare(source, lean, tmp_path / "pairs.arrow")["rows"] == 6
     words = capsys.readouterr().err
     for i, reason in enumerate(["chosen and rejected are the same", "chosen and rejected answer different prompts",
                                 "there is no prompt, question or problem", "there is no prompt", "has no turns"], 1):
-        assert re.search(rf"pairs\.jsonl, line {i}: .*{reason}", words), (i, reason)
+        assert re.search(rf"pairs\.json, line {i}: .*{reason}", words), (i, reason)
     with pytest.raises(ValueError, match="--held_out 2 is a share"):
         sft.prepare(source, lean, tmp_path / "none.arrow", held_out=2)
 
@@ -6867,6 +6867,7 @@ def task(tmp_path_factory):
     """Twenty problems, and a file of reward functions."""
     folder = tmp_path_factory.mktemp("task")
     ppo.arrowlite.Table.from_pylist(ppo.arithmetic(20)).to_jsonl(folder / "problems.jsonl")
+    al.write(al.Table.from_pylist(ppo.arithmetic(2)), folder / "other.arrow")
     (folder / "rewards.py").write_text(REWARD)
     return folder
 
@@ -7176,7 +7177,7 @@ def test_mathematics_is_graded_and_held_out_problems_are_scored(vivid, task, tmp
 
 @pytest.mark.parametrize("changes,words", [
     (dict(model=""), "--model must be given"), (dict(model="", out=""), "--model and --out must be given"),
-    (dict(advantage="grpo", samples=1), "take --samples 2"), (dict(batch=1, samples=1), "1 x 1 responses"),
+    (dict(advantage="grpo", samples=1), "take --samples 2"), (dict(batch=1, samples=1), "1 responses do not make 2"),
     (dict(advantage="rloo", truncated="bootstrap"), "bootstrap wants"),
     (dict(generators=2), "inline has one generator"), (dict(replay="nowhere.arrow"), "no file nowhere.arrow"),
     (dict(reward="nowhere.py:f"), "of a file that exists"), (dict(reward="{task}/rewards.py:f"), "has no function f"),
@@ -7184,8 +7185,10 @@ def test_mathematics_is_graded_and_held_out_problems_are_scored(vivid, task, tmp
     (dict(batch=30), "has 20 problems; take --batch 20 or less"),
     (dict(max_prompt=50), r"row 0 of .*problems.jsonl is a prompt of \d+ tokens; raise --max_prompt"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl"), (dict(tp=2), "dp x pp x tp"),
-    (dict(temperature=0.0), "has no logprobs to learn from"), (dict(save_every=0), "at least 1"),
-    (dict(log_every=0), "at least 1"),
+    (dict(temperature=0.0), "--temperature 0.0 should be above 0"), (dict(save_every=0), "at least 1"),
+    (dict(log_every=0), "at least 1"), (dict(keep=-1), "--keep -1 should be at least 0"),
+    (dict(staleness=-1), "--staleness -1"), (dict(steps=0), "--steps 0"), (dict(gamma=2.0), "--gamma 2.0 should be"),
+    (dict(rollout_only=True, replay="x"), "take one of them"), (dict(replay="{task}/other.arrow"), "has no rollouts"),
     (dict(runtime="actors", generator_tp=3), "cannot be split over tp=3")])
 def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, task, tmp_path, changes, words):
     changes = {k: v.replace("{task}", str(task)) if isinstance(v, str) else v for k, v in changes.items()}
@@ -7193,6 +7196,21 @@ def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, tas
         ppo.train(short_run(vivid, task, tmp_path / "run", **changes) if "out" not in changes else
                   replace(short_run(vivid, task, "x"), **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_without_a_critic_nothing_waits_for_it(vivid, task):
+    for advantage, steps in (("gae", 2), ("grpo", 0)):
+        c = short_run(vivid, task, "x", advantage=advantage, critic_warmup=2)
+        ppo.check(c, P.Mesh(device="cpu"))
+        assert c.critic_warmup == steps
+
+
+def test_a_reward_file_is_a_module_like_any_other(tmp_path):
+    (tmp_path / "beside_the_reward.py").write_text("def half(x): return x / 2")
+    (tmp_path / "math.py").write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                                      "from beside_the_reward import half\n@dataclass\nclass Score:\n    x: float\n"
+                                      "def score(response, row): return half(Score(len(response)).x)\n")
+    assert ppo.load_function(f"{tmp_path}/math.py:score")("four", {}) == 2 and sys.modules["math"] is math
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(vivid, task, tmp_path):
