@@ -19,7 +19,7 @@ too, line by line in numpy. fp64 is for checking and always takes the reference.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
 """
-import os, sys
+import math, os, sys
 from functools import cache, partial
 
 import torch
@@ -109,7 +109,7 @@ def _read_once(x, stride, start, length, row, head, ROWS: constexpr, D: constexp
 
 def _aligned(x: Tensor) -> Tensor:
     """As the copy engine wants it: rows dense, everything in multiples of 16 bytes."""
-    dense = x.stride()[1:] == (x.shape[2], 1) and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    dense = x.stride()[1:] == (*x.shape[2:], 1) and x.stride(0) * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
     return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 # --- flash attention: softmax(q k') v without the scores ever leaving the chip ---------------------------------------
@@ -320,8 +320,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_se
     max_q, max_k = (int(ends.diff().max()) if most is None else most
                     for ends, most in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k)))
     scale = dim ** -0.5 if scale is None else scale
-    return _FlashAttention.apply(q, k, v, _dense(cu_seqlens_q), _dense(cu_seqlens_k), max_q, max_k, causal, scale,
-                                 torch.empty_like if covered else torch.zeros_like)
+    return _FlashAttention.apply(q, k, v, _dense(cu_seqlens_q).int(), _dense(cu_seqlens_k).int(), max_q, max_k, causal,
+                                 scale, torch.empty_like if covered else torch.zeros_like)
 
 # --- paged attention: decoding against a cache in pages --------------------------------------------------------------
 
@@ -391,11 +391,14 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     """One token a sequence, q [batch, heads, dim], against caches [pages, page_size, kv_heads, dim]. Token t of
     sequence i is in page block_table[i, t // page_size] (int32 [batch, pages]; beyond the length it is not read).
     context_lens [batch] counts the new token. A length of 0 gives zeros."""
+    (batch, heads, dim), (page, kv_heads, kv_dim) = q.shape, k_cache.shape[1:]
+    if heads % kv_heads or dim != kv_dim:
+        raise ValueError(f"{heads} heads of {dim} cannot share {kv_heads} of {kv_dim}; the number must be a multiple, "
+                         "and the size the same")
     if not _on_triton(q):
         return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
         raise ValueError("k_cache and v_cache must have the same strides, the last one 1")
-    (batch, heads, dim), (page, kv_heads) = q.shape, k_cache.shape[1:3]
     q, block_table, context_lens = q.contiguous(), _dense(block_table), _dense(context_lens)
     group, padded = heads // kv_heads, _power_of_two(dim, 16)
     tiles = _paged_tiles(batch * kv_heads, block_table.shape[1] * page, _processors(q.device))
@@ -533,6 +536,11 @@ def rms_norm_reference(x, weight, eps=1e-6, residual=None):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
     """Over the last axis. With a residual, x + residual is normalised, and (normalised, x + residual) returned."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"x is {x.shape[-1]} wide, and weight {list(weight.shape)}; it must be of that size")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(f"residual is {residual.dtype} {list(residual.shape)}, and x {x.dtype} {list(x.shape)}; "
+                         "they must be alike")
     return _RMSNorm.apply(x, weight, eps, residual) if _on_triton(x) else rms_norm_reference(x, weight, eps, residual)
 
 # --- rotary position embedding, and the norm of queries and keys before it -------------------------------------------
@@ -677,6 +685,8 @@ def rotary_reference(q, k, cos, sin, positions):
     return torch.cat([a * c - b * s, b * c + a * s], -1).to(q.dtype).split([q.shape[1], k.shape[1]], 1)
 
 def _tables(cos, sin, dim):
+    if dim % 2 or min(cos.shape[1], sin.shape[1]) < dim // 2:
+        raise ValueError(f"head dim {dim} must be even, and the tables at least half as wide")
     cos, sin = _dense(cos[:, :dim // 2]), _dense(sin[:, :dim // 2])
     return (cos, sin) if cos.stride() == sin.stride() else (cos.contiguous(), sin.contiguous())
 
@@ -702,7 +712,8 @@ def qkv_rotary(qkv: Tensor, heads: int, kv_heads: int, cos: Tensor, sin: Tensor,
     cos, sin = _tables(cos, sin, dim)
     if not _on_triton(qkv):
         return qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm, k_norm, eps)
-    return _Rotary.apply(qkv.unflatten(1, (-1, dim)), None, q_norm, k_norm, cos, sin, positions, eps, kv_heads)
+    qkv = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
+    return _Rotary.apply(qkv, None, q_norm, k_norm, cos, sin, positions, eps, kv_heads)
 
 # --- swiglu ----------------------------------------------------------------------------------------------------------
 
@@ -751,6 +762,8 @@ def swiglu_reference(gate_up):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """[..., 2 * width], the gate first, to [..., width]."""
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"gate_up is {gate_up.shape[-1]} wide; it must be even, half gate and half up")
     if not _on_triton(gate_up):
         return swiglu_reference(gate_up)
     return _SwiGLU.apply(_dense(gate_up.reshape(-1, gate_up.shape[-1]))).view(*gate_up.shape[:-1], -1)
@@ -795,11 +808,12 @@ def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, widt
     for first in tl.range(split * share, tl.minimum(split * share + share, columns), BV):
         column = first + tl.arange(0, BV)
         y = _logits(x, weight, first_row, first, x_stride, rows, columns, width, BM, BV, BK, FUSED) * scale
-        y = tl.where((column < columns)[None, :], y, MASKED)                                        # [BM, BV], base 2
+        y = tl.where((column < columns)[None, :], y, float("-inf"))                                 # [BM, BV], base 2
         hit += tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
         new_m = tl.maximum(m, tl.max(y, 1))
         shrink = tl.exp2(m - new_m)
         y -= new_m[:, None]
+        y = tl.where(y < MASKED, MASKED, y)             # not -inf, times a probability of 0; NaN stays
         e = tl.exp2(y)
         t = (t + (m - new_m) * s) * shrink + tl.sum(y * e, 1)
         s = s * shrink + tl.sum(e, 1)
@@ -825,6 +839,7 @@ def _logit_grads(x, weight, targets, factors, out, scale, x_stride, size, rows, 
         column = (first + tl.arange(0, BV))[None, :]
         y = _logits(x, weight, first_row, start + first, x_stride, rows, start + size, width, BM, BV, BK, FUSED)
         y = y * scale - lse[:, None]                                                                # [BM, BV], base 2
+        y = tl.where(y < MASKED, MASKED, y)
         d = tl.exp2(y) * (a[:, None] + b[:, None] * y) + tl.where(column == target, c[:, None], 0.0)
         tl.store(out + row.to(tl.int64)[:, None] * size + column, _narrow(d, out.dtype.element_ty),
                  mask=live[:, None] & (column < size))
@@ -850,10 +865,10 @@ def _stats(x, weight, targets, columns, scale):
     """[4, parts, rows]: m, s, t and y[target] (0 if it is not here)."""
     if not _on_triton(x):
         y = (_wide(x) if weight is None else _wide(x) @ _wide(weight).T) * scale
-        y = y.masked_fill(torch.arange(y.shape[1], device=y.device) >= columns, MASKED.value)
-        z = y - y.amax(1, keepdim=True)
-        hit = y.gather(1, targets.clamp(min=0)[:, None])[:, 0] * (targets >= 0)
-        return torch.stack([y.amax(1), z.exp().sum(1), (z * z.exp()).sum(1), hit])[:, None]
+        y = y.masked_fill(torch.arange(y.shape[1], device=y.device) >= columns, -math.inf)
+        m, hit = y.amax(1).clamp(min=MASKED.value), y.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        z = (y - m[:, None]).clamp(min=MASKED.value)
+        return torch.stack([m, z.exp().sum(1), (z * z.exp()).sum(1), hit.where(targets >= 0, 0)])[:, None]
     grid, operands, settings = _logit_launch(x, weight, columns)
     stats = x.new_empty(4, grid[1], len(x), dtype=torch.float32)
     _logit_stats[grid](*operands, targets, stats, scale * LOG2E.value, x.stride(0), len(x), columns, x.shape[1],
@@ -866,7 +881,8 @@ def _grads(x, weight, targets, factors, scale, start, stop):
         y = (_wide(x)[:, start:stop] if weight is None else _wide(x) @ _wide(weight[start:stop]).T) * scale
         lse, a, b, c = factors[..., None]
         hit = torch.arange(start, stop, device=x.device) == targets[:, None]
-        return ((y - lse).exp() * (a + b * (y - lse)) + c * hit).to(x.dtype)
+        y = (y - lse).clamp(min=MASKED.value)
+        return (y.exp() * (a + b * y) + c * hit).to(x.dtype)
     grid, operands, settings = _logit_launch(x, weight, stop - start)
     out = x.new_empty(len(x), stop - start)
     _logit_grads[grid](*operands, targets, factors, out, scale * LOG2E.value, x.stride(0), stop - start, len(x),
@@ -876,10 +892,14 @@ def _grads(x, weight, targets, factors, scale, start, stop):
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, group, vocab_size):
+        if len(targets) != len(x) or not temperature > 0:
+            raise ValueError(f"{len(targets)} targets for {len(x)} rows, and the temperature is {temperature}; there "
+                             "must be as many, and it positive")
         columns = x.shape[1] if weight is None else len(weight)
-        first = columns * (dist.get_rank(group) if group is not None else 0)        # of this rank's shard
-        columns = columns if vocab_size is None else min(max(vocab_size - first, 0), columns)
-        x, weight = _dense(x), weight if weight is None else _dense(weight)
+        rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
+        first, vocab_size = columns * rank, columns * ranks if vocab_size is None else vocab_size
+        columns = min(max(vocab_size - first, 0), columns)                          # of this rank's shard
+        x, weight = (_dense(x), None) if weight is None else (_aligned(x), _aligned(weight))
         local = torch.where((targets >= first) & (targets < first + columns), targets - first, -1)
         m, s, t, hit = _stats(x, weight, local, columns, 1 / temperature)
         top = m.amax(0)
@@ -889,7 +909,8 @@ class _CrossEntropy(torch.autograd.Function):
         s, t, hit = sums = torch.stack([(s * shrink).sum(0), ((t + (m - top) * s) * shrink).sum(0), hit.sum(0)])
         if group is not None:
             dist.all_reduce(sums, group=group)
-        live, lse, entropy = targets >= 0, top + s.log(), s.log() - t / s
+        live = torch.where(targets < vocab_size, targets >= 0, math.nan)            # beyond it, all becomes NaN
+        lse, entropy = top + s.log(), s.log() - t / s
         ctx.save_for_backward(x, weight, local, live, lse, entropy)
         ctx.settings = columns, 1 / temperature, group
         return (hit - lse).clamp(max=0) * live, entropy * live
@@ -923,7 +944,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temper
     fp32, and both differentiable. hidden [tokens, width], weight [vocab, width]. A negative target (-100) is ignored:
     0, without gradient. With a process group each rank holds a slice of the rows of weight, in order of rank and of
     one size, and all ranks the same hidden and targets (of the whole vocabulary); all get the same result, and the
-    whole gradient of hidden. Words from vocab_size on are padding, and have no probability."""
+    whole gradient of hidden. Words from vocab_size on are padding, and have no probability; as targets they are NaN."""
+    width, unit = hidden.shape[1], 16 // hidden.itemsize
+    if width != weight.shape[1] or width % unit:
+        raise ValueError(f"hidden is {width} wide and weight {weight.shape[1]}; take the same multiple of {unit}")
     return _CrossEntropy.apply(hidden, weight, targets, temperature, group, vocab_size)
 
 def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
@@ -1015,11 +1039,13 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
         score = tl.maximum(rank, score)
     best = tl.max(m, 0)
     full, kept = tl.sum(full * tl.exp2(m - best), 0), tl.sum(kept * tl.exp2(m - best), 0)
+    kept += full * 0                                    # NaN, if there is one in what was not kept
     token = tl.min(tl.where(score == tl.max(score, 0), token, 2147483647), 0)           # the lowest of equals
     picked = tl.load(row + token).to(tl.float32) * inverse - best
     tl.store(tokens + pid, token.to(tl.int64))
-    tl.store(full_logprobs + pid, tl.minimum((picked - tl.log2(full)) * LN2, 0.0))
-    tl.store(logprobs + pid, tl.where(greedy, 0.0, tl.minimum((picked - tl.log2(kept)) * LN2, 0.0)))
+    full, kept = (picked - tl.log2(full)) * LN2, (picked - tl.log2(kept)) * LN2
+    tl.store(full_logprobs + pid, tl.where(full > 0, 0.0, full))                        # a minimum would hide NaN
+    tl.store(logprobs + pid, tl.where(greedy | (kept > 0), 0.0, kept))
 
 def _race(seeds, positions, vocab):
     """E [batch, vocab], in 64-bit integers, since torch shifts none of 32 bits without their sign."""

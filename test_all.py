@@ -3271,6 +3271,35 @@ def interpreted_optimizer():
         yield f"store_kv {dtype}", float(not torch.equal(got, want)), 0
 
 
+def interpreted_edges():
+    """What is masked, spoilt or outside, and what lies oddly in memory; of the references, too."""
+    logits, targets = randn(3, 5000), torch.tensor([4100, 4999, -100])
+    logits[:, :4100] = -math.inf
+    ours = run(lambda y: K.cross_entropy(y, targets), logits)
+    theirs = run(lambda y: plain_logprobs(y, torch.eye(900), targets - 4100), logits[:, 4100:])
+    for a, b in zip(sum(ours, []), (*theirs[0], F.pad(theirs[1][0], (4100, 0)))):
+        yield "words of -inf have no probability", relative(a, b), 1e-5
+    spoilt = logits[[0, 0, 0, 0, 2]]
+    spoilt[0, 4200], spoilt[1, 4200], spoilt[2] = math.nan, math.inf, -math.inf
+    goals = torch.tensor([4100, 4100, 4100, 5000, -100])
+    for x in sum(run(lambda y: K.cross_entropy(y, goals), spoilt), []):
+        yield "NaN where there is no logprob", float((x.view(5, -1).isnan().any(1) != (goals > 0)).sum()), 0
+    words, goals = randn(30, 16), torch.tensor([3, 29, 30])
+    for x in sum(run(lambda h: K.linear_cross_entropy(h, words, goals, vocab_size=29), randn(3, 16)), []):
+        yield "a target that is padding", float((x.view(3, -1).isnan().any(1) != (goals > 28)).sum()), 0
+    row = randn(4, 100)
+    row[0, 3], row[1, 3], row[2, 3], row[3] = math.nan, -torch.tensor(math.nan), math.inf, -math.inf
+    for x in K.sample(row, 1.0, 5, 0.9, torch.arange(4), torch.arange(4), True)[1:]:
+        yield "a spoilt row has no logprob", float((~x.isnan()).sum()), 0
+    hidden, weight = randn(3, 20)[:, 2:18], randn(30, 17)[:, 1:]
+    odd, even = (run(lambda h, w: K.linear_cross_entropy(h, w, torch.arange(3)), *x)
+                 for x in ((hidden, weight), (hidden.contiguous(), weight.contiguous())))
+    for a, b in zip(sum(odd, []), sum(even, [])):
+        yield "views that begin anywhere", relative(a, b), 1e-6
+    inputs = qkv(2, 1, 64, [3, 4])
+    yield "ends in int64", relative(*(K.flash_attention(*inputs, x) for x in (ends([3, 4]).long(), ends([3, 4])))), 0
+
+
 def interpreted_bf16():
     """Against fp64 on the same bf16 numbers: what is left is the rounding of results and of probabilities."""
     yield from interpreted_attention(torch.bfloat16, (4e-3, 4e-3))
@@ -3280,7 +3309,7 @@ def interpreted_bf16():
 
 
 INTERPRETED = ["attention", "covered", "neighbours", "strangers", "columns", "paged", "rows", "head", "slices",
-               "sampling", "optimizer", "bf16"]
+               "sampling", "edges", "optimizer", "bf16"]
 
 
 def interpret():
@@ -3313,6 +3342,11 @@ def test_interpreted_kernels_equal_their_references(interpreted, name):
     assert isinstance(interpreted[name], list), interpreted[name]
     wrong = [f"{what}: {error:.2e} > {bound:.0e}" for what, error, bound in interpreted[name] if not error <= bound]
     assert interpreted[name] and not wrong, "\n".join(wrong)
+
+
+def test_references_have_the_edges_of_kernels():
+    wrong = [(what, error) for what, error, bound in interpreted_edges() if not error <= bound]
+    assert not wrong
 
 
 # The references themselves, against torch's own operations.
@@ -3353,13 +3387,26 @@ def test_packed_documents_do_not_see_each_other():
     assert torch.equal(K.flash_attention(q, k, v, ends([50, 77, 90]))[50:127], alone)
 
 
-def test_impossible_heads_are_refused_with_a_sentence():
-    q, k, v = qkv(5, 2, 64, [3])
-    with pytest.raises(ValueError, match="5 query heads cannot share 2 key heads"):
-        K.flash_attention(q, k, v, ends([3]))
-    q, k, v = qkv(2, 2, 65, [3])
-    with pytest.raises(ValueError, match="head dim 65"):
-        K.flash_attention(q, k, v, ends([3]))
+@pytest.mark.parametrize("call,sentence", [
+    (lambda: K.flash_attention(*qkv(5, 2, 64, [3]), ends([3])), "5 query heads cannot share 2 key heads"),
+    (lambda: K.flash_attention(*qkv(2, 2, 65, [3]), ends([3])), "head dim 65"),
+    (lambda: K.paged_attention(*paged(1, 3, 2, 64, 16, [5])), "3 heads of 64 .* 2 of 64"),
+    (lambda: K.paged_attention(randn(1, 2, 32), *paged(1, 2, 2, 64, 16, [5])[1:]), "2 heads of 32 .* 2 of 64"),
+    (lambda: K.rms_norm(randn(3, 64), randn(32)), r"64 wide, and weight \[32\]"),
+    (lambda: K.rms_norm(randn(3, 64), randn(64), 1e-6, randn(64)), "residual"),
+    (lambda: K.rms_norm(randn(3, 64).bfloat16(), randn(64), 1e-6, randn(3, 64)), "residual"),
+    (lambda: K.rotary(randn(3, 2, 33), randn(3, 1, 33), randn(9, 33), randn(9, 33), torch.arange(3)), "head dim 33"),
+    (lambda: K.rotary(randn(3, 2, 64), randn(3, 1, 64), randn(9, 16), randn(9, 16), torch.arange(3)), "head dim 64"),
+    (lambda: K.swiglu(randn(3, 33)), "33 wide"),
+    (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 8), torch.arange(2)), "16 wide .* 8"),
+    (lambda: K.linear_cross_entropy(randn(2, 18), randn(5, 18), torch.arange(2)), "18 wide .* multiple of 4"),
+    (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 16), torch.arange(3)), "3 targets .* 2"),
+    (lambda: K.cross_entropy(randn(2, 16), torch.arange(2), 0.0), "temperature is 0.0"),
+    (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 16), torch.arange(2), -1.0), "temperature is -1.0"),
+])
+def test_what_does_not_fit_is_refused_with_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
 
 
 def test_paged_attention_is_attention_over_the_tokens_of_the_pages():
