@@ -31,7 +31,7 @@ packed(...) to train, a paged cache to generate. To take this file, and kernels.
 
 Public names: Config, Mesh, init; Qwen3, packed; run; AdamW; save, load, latest, merge; tiny_model, training_flops.
 """
-import gc, json, math, os, shutil, sys, tempfile, time, zlib
+import gc, json, math, os, pickle, shutil, sys, tempfile, time, zlib
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby, islice
@@ -161,7 +161,8 @@ def _together(mesh: Mesh, action: Callable, tensors: Iterable = ()) -> list:
     try:
         mine = action(), None
     except Exception as error:
-        mine = None, f"rank {mesh.rank} failed: {type(error).__name__}: {error}"
+        kind = ValueError if isinstance(error, ValueError) else OSError
+        mine = None, kind(f"rank {mesh.rank} failed: {type(error).__name__}: {error}")
     for _ in tensors:
         pass
     everyone = [mine] * mesh.size
@@ -169,7 +170,7 @@ def _together(mesh: Mesh, action: Callable, tensors: Iterable = ()) -> list:
         dist.all_gather_object(everyone, mine)
     for _, error in everyone:
         if error:
-            raise OSError(error)
+            raise error
     return [value for value, _ in everyone]
 
 # --- the table: how tp splits each tensor ----------------------------------------------------------------------------
@@ -543,6 +544,8 @@ class Qwen3(nn.Module):
         return hidden.to(wide) @ self.score[0].to(wide)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
+        if not all(p.requires_grad for bucket in self.buckets for p in bucket.params):
+            raise ValueError("a parameter is frozen, but layers are trained as a whole; call model.requires_grad_(True)")
         self.queue = self.buckets[::-1]     # the last layers first, as their gradients come
         for bucket in self.buckets:
             bucket.zero()
@@ -687,9 +690,11 @@ def run(model: Qwen3, batches: list[dict], loss: Callable, schedule: str = "1f1b
     and then wait for AdamW.step."""
     rank, pp, live, results, prepared = model.mesh.pp_rank, model.mesh.pp, {}, [], []
     for batch in batches:
-        ends = batch["cu_seqlens"]
-        longest = batch.get("max_seqlen") or int(ends.diff().max())         # best on the CPU, where nobody waits for it
-        covered = not ends.is_cuda and [int(ends[0]), int(ends[-1])] == [0, len(batch["tokens"])]
+        ends, tokens = batch["cu_seqlens"], len(batch["tokens"])
+        edges = [] if ends.is_cuda else ends.tolist()                       # best on the CPU: nobody waits for it
+        if [0, *edges, tokens] != sorted([0, *edges, tokens]):
+            raise ValueError(f"cu_seqlens {edges} must go up, from 0 at the least to at most the {tokens} tokens")
+        longest, covered = batch.get("max_seqlen") or int(ends.diff().max()), edges[:1] + edges[-1:] == [0, tokens]
         if longest > model.config.max_position_embeddings:
             raise ValueError(f"a document has {longest} tokens, and the model {model.config.max_position_embeddings} "
                              "positions; cut it, or leave it out")
@@ -864,8 +869,8 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     """Write a checkpoint; all ranks call this. `state` is rank 0's: numbers, strings, lists, dicts and tensors. It
     appears whole or not at all; if it replaces another of that name, that one is there until this one is."""
     mesh, folder = model.mesh, Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists():
-        raise ValueError(f"{folder} holds something else than a checkpoint; save to a new folder, as {folder}/last")
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists():
+        raise ValueError(f"{folder} is something else than a checkpoint; save to a new folder")
     new, old = _beside(folder)
     states = optimizer.state if optimizer else [{"param": bucket.flat[bucket.shard]} for bucket in model.buckets]
     kinds, dtype = {kind: [state[kind] for state in states] for kind in states[0]}, states[0]["param"].dtype
@@ -879,6 +884,12 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
         for path in (new, old):
             shutil.rmtree(path, ignore_errors=True)
         new.mkdir(parents=True)
+        try:                                # what load would refuse is refused now
+            torch.save(state or {}, new / "state.pt")
+            torch.load(new / "state.pt", weights_only=True)
+        except (pickle.PickleError, AttributeError, TypeError):     # of functions, with or without a name, and locks
+            raise ValueError("state may hold numbers, strings, lists, dicts and tensors, but nothing else, such as "
+                             "numpy's numbers (float(x) makes one a number) or a Path (str(x))") from None
         return time.time_ns()
 
     def finish():
@@ -886,7 +897,6 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
                  "dp": mesh.dp, "pp": mesh.pp, "tp": mesh.tp}
         for name, content in ({"config.json": model.config.to_json()} | model.files).items():
             (new / name).write_bytes(content)
-        torch.save(state or {}, new / "state.pt")
         (new / "checkpoint.json").write_text(json.dumps(about))
         for path in (*new.iterdir(), new):
             _sync(path)

@@ -4156,6 +4156,24 @@ def test_gradients_are_reduced_while_backward_goes_on():
     assert sum(i < backward[-1] for i in reduce) >= 3                   # and most before the first layer's turn comes
 
 
+def test_documents_that_do_not_lie_in_the_tokens_are_refused():
+    model, (batch, *_) = P.Qwen3(small_config(), P.Mesh(device="cpu")), dealt(1)[0]
+    tokens = len(batch["tokens"])
+    for edges in ([0, tokens + 3], [0, 5, 3, tokens], [-1, tokens]):
+        with pytest.raises(ValueError, match=f"cu_seqlens .* {tokens} tokens"):
+            P.run(model, [batch | {"cu_seqlens": torch.tensor(edges, dtype=torch.int32)}], make_loss([batch]))
+
+
+def test_a_model_of_which_a_part_is_frozen_is_refused():
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
+    optimizer = P.AdamW(model)
+    model.layers[0].requires_grad_(False)
+    for call in (lambda: P.AdamW(model), lambda: P.run(model, dealt(1)[0], make_loss(dealt(1)[0]))):
+        with pytest.raises(ValueError, match="frozen"):
+            call()
+    assert optimizer.steps == 0
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
     model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
     optimizer, before = P.AdamW(model), parameters(model)
@@ -4306,9 +4324,20 @@ def test_shards_that_are_cut_missing_or_foreign_are_named(tmp_path):
     assert P.latest(tmp_path / "nothing") is None
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         P.load(tmp_path / "nothing", model)
-    with pytest.raises(ValueError, match="something else than a checkpoint"):
-        P.save(tmp_path, model)
-    assert P.latest(tmp_path) == tmp_path / "step-2"
+    (tmp_path / "file").write_text("in the way")
+    for other in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="something else than a checkpoint"):
+            P.save(other, model)
+    assert (tmp_path / "file").read_text() == "in the way" and P.latest(tmp_path) == tmp_path / "step-2"
+
+
+@pytest.mark.parametrize("value", [np.float64(1.5), Path("/x"), lambda: 1], ids=["numpy", "path", "function"])
+def test_a_state_that_load_would_refuse_is_refused_by_save(value, tmp_path):
+    model, optimizer = _alone()
+    P.save(tmp_path / "last", model, optimizer, {"best": 1.0})
+    with pytest.raises(ValueError, match="numbers, strings, lists, dicts and tensors"):
+        P.save(tmp_path / "last", model, optimizer, {"best": value})
+    assert [x.name for x in tmp_path.iterdir()] == ["last"] and P.load(tmp_path, model) == {"best": 1.0}
 
 
 def test_a_checkpoint_of_another_model_is_refused_before_anything_changes(tmp_path):
