@@ -393,8 +393,7 @@ def paged_attention(q: Tensor, k_cache: Tensor, v_cache: Tensor, block_table: Te
     context_lens [batch] counts the new token. A length of 0 gives zeros."""
     (batch, heads, dim), (page, kv_heads, kv_dim) = q.shape, k_cache.shape[1:]
     if heads % kv_heads or dim != kv_dim:
-        raise ValueError(f"{heads} heads of {dim} cannot share {kv_heads} of {kv_dim}; the number must be a multiple, "
-                         "and the size the same")
+        raise ValueError(f"{heads} heads of {dim} cannot share {kv_heads} of {kv_dim}; take a multiple, of that size")
     if not _on_triton(q):
         return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale)
     if k_cache.stride() != v_cache.stride() or k_cache.stride(-1) != 1:
@@ -536,11 +535,8 @@ def rms_norm_reference(x, weight, eps=1e-6, residual=None):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
     """Over the last axis. With a residual, x + residual is normalised, and (normalised, x + residual) returned."""
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"x is {x.shape[-1]} wide, and weight {list(weight.shape)}; it must be of that size")
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(f"residual is {residual.dtype} {list(residual.shape)}, and x {x.dtype} {list(x.shape)}; "
-                         "they must be alike")
+    if weight.shape != x.shape[-1:] or residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}; weight must be as wide, residual of its shape and dtype")
     return _RMSNorm.apply(x, weight, eps, residual) if _on_triton(x) else rms_norm_reference(x, weight, eps, residual)
 
 # --- rotary position embedding, and the norm of queries and keys before it -------------------------------------------
@@ -893,8 +889,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, group, vocab_size):
         if len(targets) != len(x) or not temperature > 0:
-            raise ValueError(f"{len(targets)} targets for {len(x)} rows, and the temperature is {temperature}; there "
-                             "must be as many, and it positive")
+            raise ValueError(f"{len(targets)} targets for {len(x)} rows at temperature {temperature}: take as many, and "
+                             "a positive one")
         columns = x.shape[1] if weight is None else len(weight)
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         first, vocab_size = columns * rank, columns * ranks if vocab_size is None else vocab_size

@@ -545,7 +545,7 @@ class Qwen3(nn.Module):
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         if not all(p.requires_grad for bucket in self.buckets for p in bucket.params):
-            raise ValueError("a parameter is frozen, but layers are trained as a whole; call model.requires_grad_(True)")
+            raise ValueError("a parameter is frozen, and layers are trained as a whole; use model.requires_grad_()")
         self.queue = self.buckets[::-1]     # the last layers first, as their gradients come
         for bucket in self.buckets:
             bucket.zero()
@@ -888,8 +888,7 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
             torch.save(state or {}, new / "state.pt")
             torch.load(new / "state.pt", weights_only=True)
         except (pickle.PickleError, AttributeError, TypeError):     # of functions, with or without a name, and locks
-            raise ValueError("state may hold numbers, strings, lists, dicts and tensors, but nothing else, such as "
-                             "numpy's numbers (float(x) makes one a number) or a Path (str(x))") from None
+            raise ValueError("state may hold numbers, strings, lists, dicts and tensors, nothing of numpy's") from None
         return time.time_ns()
 
     def finish():

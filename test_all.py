@@ -3392,7 +3392,7 @@ def test_packed_documents_do_not_see_each_other():
     (lambda: K.flash_attention(*qkv(2, 2, 65, [3]), ends([3])), "head dim 65"),
     (lambda: K.paged_attention(*paged(1, 3, 2, 64, 16, [5])), "3 heads of 64 .* 2 of 64"),
     (lambda: K.paged_attention(randn(1, 2, 32), *paged(1, 2, 2, 64, 16, [5])[1:]), "2 heads of 32 .* 2 of 64"),
-    (lambda: K.rms_norm(randn(3, 64), randn(32)), r"64 wide, and weight \[32\]"),
+    (lambda: K.rms_norm(randn(3, 64), randn(32)), "weight must be as wide"),
     (lambda: K.rms_norm(randn(3, 64), randn(64), 1e-6, randn(64)), "residual"),
     (lambda: K.rms_norm(randn(3, 64).bfloat16(), randn(64), 1e-6, randn(3, 64)), "residual"),
     (lambda: K.rotary(randn(3, 2, 33), randn(3, 1, 33), randn(9, 33), randn(9, 33), torch.arange(3)), "head dim 33"),
@@ -3401,8 +3401,8 @@ def test_packed_documents_do_not_see_each_other():
     (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 8), torch.arange(2)), "16 wide .* 8"),
     (lambda: K.linear_cross_entropy(randn(2, 18), randn(5, 18), torch.arange(2)), "18 wide .* multiple of 4"),
     (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 16), torch.arange(3)), "3 targets .* 2"),
-    (lambda: K.cross_entropy(randn(2, 16), torch.arange(2), 0.0), "temperature is 0.0"),
-    (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 16), torch.arange(2), -1.0), "temperature is -1.0"),
+    (lambda: K.cross_entropy(randn(2, 16), torch.arange(2), 0.0), "temperature 0.0"),
+    (lambda: K.linear_cross_entropy(randn(2, 16), randn(5, 16), torch.arange(2), -1.0), "temperature -1.0"),
 ])
 def test_what_does_not_fit_is_refused_with_a_sentence(call, sentence):
     with pytest.raises(ValueError, match=sentence):
