@@ -889,8 +889,8 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, temperature, group, vocab_size):
         if len(targets) != len(x) or not temperature > 0:
-            raise ValueError(f"{len(targets)} targets for {len(x)} rows at temperature {temperature}: take as many, and "
-                             "a positive one")
+            raise ValueError(f"{len(targets)} targets for {len(x)} rows at temperature {temperature}; as many are "
+                             "needed, and a temperature above 0")
         columns = x.shape[1] if weight is None else len(weight)
         rank, ranks = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         first, vocab_size = columns * rank, columns * ranks if vocab_size is None else vocab_size
