@@ -941,9 +941,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, temper
     0, without gradient. With a process group each rank holds a slice of the rows of weight, in order of rank and of
     one size, and all ranks the same hidden and targets (of the whole vocabulary); all get the same result, and the
     whole gradient of hidden. Words from vocab_size on are padding, and have no probability; as targets they are NaN."""
-    width, unit = hidden.shape[1], 16 // hidden.itemsize
-    if width != weight.shape[1] or width % unit:
-        raise ValueError(f"hidden is {width} wide and weight {weight.shape[1]}; take the same multiple of {unit}")
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden is {hidden.shape[1]} wide, and weight {weight.shape[1]}; they must be the same")
+    if _on_triton(hidden) and (rest := -hidden.shape[1] % (16 // hidden.itemsize)):
+        hidden, weight = F.pad(hidden, (0, rest)), F.pad(weight, (0, rest))     # the copy engine takes 16 bytes at once
     return _CrossEntropy.apply(hidden, weight, targets, temperature, group, vocab_size)
 
 def cross_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, ...]:
