@@ -2113,7 +2113,11 @@ def _sum(amounts): return dict(sum(map(collections.Counter, amounts), collection
 class PlacementGroup:
     def __init__(self, ref, bundles): self.id, self.bundle_specs = ref, bundles
     def ready(self): return self.id
-    def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
+    def wait(self, timeout_seconds=30):
+        with contextlib.suppress(GetTimeoutError, TaskUnschedulableError):      # the latter: it can never be placed
+            return bool(get(self.id, timeout=timeout_seconds))
+        return False
+
     def __reduce__(self): return PlacementGroup, (self.id, self.bundle_specs)
     bundle_count = property(lambda self: len(self.bundle_specs))
 
@@ -2156,27 +2160,34 @@ class ActorPool:
         actor = self._idle.pop()
         self._busy[fn(actor, value)] = actor
 
-    def _take(self, refs, timeout):
+    def _take(self, refs, timeout, ignore_if_timedout):
         if not refs:
             raise StopIteration("no more results")
-        ready, _ = wait(refs, timeout=timeout)
+        ready, late = wait(refs, timeout=timeout)
+        if ready or ignore_if_timedout:
+            self.push(self._busy.pop((ready or late)[0]))
         if not ready:
             raise TimeoutError("no result was there in time")
-        self.push(self._busy.pop(ready[0]))
         return get(ready[0])
 
-    def get_next(self, timeout=None): return self._take(list(self._busy)[:1], timeout)
-    def get_next_unordered(self, timeout=None): return self._take(list(self._busy), timeout)
+    def get_next(self, timeout=None, ignore_if_timedout=False):
+        return self._take(list(self._busy)[:1], timeout, ignore_if_timedout)
 
-    def map(self, fn, values):
-        for value in values: self.submit(fn, value)
-        while self.has_next(): yield self.get_next()
+    def get_next_unordered(self, timeout=None, ignore_if_timedout=False):
+        return self._take(list(self._busy), timeout, ignore_if_timedout)
 
-    def map_unordered(self, fn, values):
+    def _map(self, get_next, fn, values):
+        self._waiting.clear()                       # what an earlier call has left over is not of this one
+        while self._busy: self.push(self._busy.popitem()[1])
         for value in values: self.submit(fn, value)
-        while self.has_next(): yield self.get_next_unordered()
+        return (get_next() for _ in iter(self.has_next, False))
+
+    def map(self, fn, values): return self._map(self.get_next, fn, values)
+    def map_unordered(self, fn, values): return self._map(self.get_next_unordered, fn, values)
 
     def push(self, actor):
+        if actor in self._idle or actor in self._busy.values():
+            raise ValueError(f"{actor} belongs to the pool already")
         self._idle.append(actor)
         if self._waiting: self.submit(*self._waiting.popleft())
 

@@ -1963,11 +1963,27 @@ def test_actor_pool_spreads_and_orders(ray):
             time.sleep(0.01 * (x % 3))
             return 2 * x
 
-    pool = ray.util.ActorPool([Actor.remote(), Actor.remote()])
-    assert list(pool.map(lambda actor, x: actor.double.remote(x), range(10))) == [2 * i for i in range(10)]
-    assert sorted(pool.map_unordered(lambda actor, x: actor.double.remote(x), range(10))) == [2 * i for i in range(10)]
-    pool.submit(lambda actor, x: actor.double.remote(x), 5)
+    def double(actor, x):
+        return actor.double.remote(x)
+
+    actors = [Actor.remote(), Actor.remote()]
+    pool = ray.util.ActorPool(actors)
+    assert list(pool.map(double, range(10))) == [2 * i for i in range(10)]
+    assert sorted(pool.map_unordered(double, range(10))) == [2 * i for i in range(10)]
+    pool.submit(double, 5)
     assert pool.has_next() and pool.has_free() and pool.get_next() == 10 and not pool.has_next()
+    with pytest.raises(TypeError):
+        list(pool.map(double, [1, None, 2, 3]))
+    assert list(pool.map(double, [10, 11])) == [20, 22]          # and nothing of 2 and 3
+    assert next(iter(pool.map_unordered(double, [5, 5, 5]))) == 10
+    pool.map(double, [6, 7])
+    assert pool.has_next() and list(pool.map_unordered(double, [9])) == [18]
+    pool.submit(lambda actor, x: actor.__ray_call__.remote(lambda self: time.sleep(x)), 1)
+    with pytest.raises(TimeoutError):
+        pool.get_next(timeout=0, ignore_if_timedout=True)
+    assert not pool.has_next()
+    with pytest.raises(ValueError, match="belongs"):
+        pool.push(actors[0])
 
 
 def test_queue_between_processes(ray):
@@ -2271,6 +2287,8 @@ def test_what_can_never_fit_is_an_error_at_once(small):
         f.options(num_gpus=1.5)
     with pytest.raises(ValueError, match="unknown option"):
         f.options(cpus=1)
+    for bundles in ([{"CPU": 100}], [{"CPU": 1}] * 2):
+        assert small.util.placement_group(bundles, strategy="STRICT_SPREAD").wait(5) is False
 
 
 def test_gpus_are_given_out_whole_or_in_shares(small):
