@@ -57,7 +57,8 @@ def _task_error(function_name, traceback_str, cause):
     try:
         own = {name: vars(RayTaskError)[name] for name in ("__init__", "__str__", "__reduce__", "__module__")}
         kind = type(f"RayTaskError({type(cause).__name__})", (RayTaskError, type(cause)), own)
-        error = kind(function_name, traceback_str, cause)
+        error = kind.__new__(kind, *cause.args)     # an ExceptionGroup is what it was made with
+        error.__init__(function_name, traceback_str, cause)
         error.__dict__.update({name: value for name, value in vars(cause).items() if name not in vars(plain)})
         error.args = cause.args
         if isinstance(cause, OSError):              # errno and strerror live outside of __dict__
@@ -553,6 +554,7 @@ class Task:
     returns: list
     parent: int
     retries: int
+    again: object                   # is it tried again when it raises? True, False, or the packed types of errors
     owner: "Peer" = None
     actor: "Actor" = None
     missing: int = 0                # deps that are not there yet
@@ -578,6 +580,7 @@ class Peer:
     node: Pool
     send: callable                  # send(name, *arguments): a message to it
     holds: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    env: dict = dataclasses.field(default_factory=dict)         # its variables: what it starts inherits them
     kinds: set = dataclasses.field(default_factory=set)         # functions and classes that it was sent
     running: dict = dataclasses.field(default_factory=dict)     # task id -> task
     actor: Actor = None
@@ -857,7 +860,7 @@ class Hub:
         if pool is None or not (demand or task.actor) and pool.node.busy >= 64:     # what asks for nothing waits, too
             return False
         gpus = pool.take(demand)
-        worker = self.find_worker(pool.node, options["env"], gpus)
+        worker = self.find_worker(pool.node, task.owner.env, options["env"], gpus)
         worker.grant = pool, demand, gpus
         pool.node.busy += 1
         if task.actor:
@@ -873,15 +876,16 @@ class Hub:
             text = f"{name} cannot run: its placement group was removed"
         self.finish(task, error=ActorUnschedulableError(text) if task.actor else TaskUnschedulableError(text))
 
-    def find_worker(self, node, env, gpus):
+    def find_worker(self, node, inherited, own, gpus):
+        env = inherited | own
         if node.idle and not env and not gpus:
             return node.idle.pop()
         worker_id, single = secrets.token_hex(14), bool(env or gpus)
-        worker = Peer(worker_id, node, functools.partial(node.tell, "send", worker_id), single=single)
+        worker = Peer(worker_id, node, functools.partial(node.tell, "send", worker_id), env=env, single=single)
         self.peers[worker_id] = worker
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, sorted(gpus)))} if node.gpus else {}
         settings = {"worker": worker_id, "gpus": sorted(gpus), "namespace": self.namespace}
-        node.tell("fork", worker_id, self.env | visible | env, settings)
+        node.tell("fork", worker_id, self.env | inherited | visible | own, settings)
         node.started += 1
         return worker
 
@@ -896,16 +900,15 @@ class Hub:
         worker.running[task.id], task.worker = task, worker
         values = {oid: self.locate(self.objects[oid], worker.node) for oid in task.deps}
         worker.send("run", task.id, task.kind, task.method, task.payload, values, task.deps, len(task.returns),
-                    task.actor.id if task.actor else 0)
+                    task.actor.id if task.actor else 0, task.again)
 
-    def on_done(self, worker, tid, results, failed):
+    def on_done(self, worker, tid, results, failed, again=False):
         task = worker.running.pop(tid, None)
         if task is None:
             return
         if worker.actor is None:
             self.give_back(worker)
-        may_retry = failed and task.actor is None and self.kinds[task.kind][2]["retry_exceptions"]
-        if not (may_retry and self.try_again(task)):
+        if not (again and self.try_again(task)):
             self.finish(task, results, failed)
 
     def try_again(self, task):
@@ -1267,7 +1270,7 @@ class Shield:
             self.act()
 
 _current = contextvars.ContextVar("current", default=None)      # the Call that runs here
-Call = collections.namedtuple("Call", "id kind method payload values deps returns actor")
+Call = collections.namedtuple("Call", "id kind method payload values deps returns actor again")
 
 class Client:
     """One socket to the hub. Who has to wait reads it, so that where there is one thread, none has to wake another."""
@@ -1515,7 +1518,7 @@ class Client:
 
     # - calls -
 
-    def submit(self, kind, method, args, kwargs, count=1, actor=0, retries=0, named=None):
+    def submit(self, kind, method, args, kwargs, count=1, actor=0, retries=0, again=False, named=None):
         """Sends a call, that has `count` values; their refs, and None. The call that makes a named actor is a question,
         with the actor that has this name already for an answer."""
         try:
@@ -1528,7 +1531,7 @@ class Client:
             deps, refs = [large.id, *deps], [large.id]
         parent, values = _current.get(), [ObjectRef(self, next(self.ids)) for _ in range(count)]
         call = (values[0].id if values else next(self.ids), actor, kind, method, payload, deps, refs,
-                [value.id for value in values], parent.id if parent else 0, retries)
+                [value.id for value in values], parent.id if parent else 0, retries, again)
         return values, self.ask("create", *named, *call) if named else self.send("submit", *call)
 
 def _blame(args, kwargs, error):
@@ -1680,7 +1683,7 @@ class Worker:
     def fail(self, call, error):
         if isinstance(error, SystemExit):
             self.leave(error.code if isinstance(error.code, int) else int(error.code is not None))
-        name = self.name(call)
+        name, again = self.name(call), call.again is True
         text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
         if call.id in self.cancelled and not isinstance(error, Exception):     # KeyboardInterrupt, CancelledError
             packed = pack_error(TaskCancelledError(f"{name}() was cancelled"))
@@ -1688,12 +1691,13 @@ class Worker:
             packed = pack_error(ActorDiedError(f"the actor is dead: its constructor failed\n{text}"))
         else:
             try:
+                again = again or call.again and isinstance(error, unpack(call.again))
                 packed = pack_error(RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error))
                 unpack(packed)
             except Exception as problem:            # it cannot be sent, or not be made again: at least it can be read
                 text += f"\n({type(error).__name__} itself could not be sent: {problem})"
                 packed = pack_error(RayTaskError(name, text))
-        self.client.send("done", call.id, [(packed, ())] * call.returns, True)
+        self.client.send("done", call.id, [(packed, ())] * call.returns, True, again)
         self.cancelled.discard(call.id)
 
     def leave(self, code=0):
@@ -1832,9 +1836,16 @@ def _units(amounts):
     return {name: round(amount * UNIT) for name, amount in amounts.items() if amount}
 
 def _env(runtime_env):
+    try:
+        env = dict((runtime_env or {}).get("env_vars") or {})
+        fits = all(re.fullmatch(r"[^=\0]+", name) and re.fullmatch(r"[^\0]*", text) for name, text in env.items())
+    except (AttributeError, TypeError, ValueError):
+        fits = False
+    if not fits:                                    # a worker could not even start, to say so
+        raise TypeError("runtime_env is a dictionary of texts, such as {'env_vars': {'OMP_NUM_THREADS': '1'}}")
     if unknown := set(runtime_env or {}) - {"env_vars"}:
         raise ValueError(f"runtime_env has env_vars only, not {', '.join(sorted(unknown))}: workers share this machine")
-    return dict((runtime_env or {}).get("env_vars") or {})
+    return env
 
 def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, object_store_memory=None, namespace="",
          runtime_env=None, ignore_reinit_error=False, **_of_ray):
@@ -1946,18 +1957,32 @@ def method(**options):
 OPTIONS = {"num_cpus", "num_gpus", "resources", "runtime_env", "scheduling_strategy", "placement_group",
            "placement_group_bundle_index", "num_returns", "max_retries", "retry_exceptions", "name", "namespace",
            "get_if_exists", "lifetime", "max_concurrency", "max_restarts", "max_task_retries", "max_calls", "memory"}
+_COUNT = lambda value: isinstance(value, int) and value >= -1, "a number from 0 up, or -1 for ever"
+FITTING = {"max_retries": _COUNT, "max_restarts": _COUNT, "max_task_retries": _COUNT,
+           "max_concurrency": (lambda value: isinstance(value, int) and value >= 0, "a number from 0 up"),
+           "name": (lambda value: isinstance(value, str) and value, "a text that is not empty"),
+           "lifetime": (("detached", "non_detached").__contains__, "detached or non_detached"),
+           "retry_exceptions": (lambda value: isinstance(value, bool) or isinstance(value, (list, tuple)) and all(
+               inspect.isclass(each) and issubclass(each, Exception) for each in value),
+               "True, False, or a list of exceptions")}
+
+def _given(options):
+    """The options that are not None, which stands for what is usual. What makes no sense is refused here, not later."""
+    if unknown := set(options) - OPTIONS:
+        raise ValueError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name in options.keys() & FITTING.keys():
+        fits, wanted = FITTING[name]
+        if not fits(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: it is {wanted}")
+    return options
 
 def _plan(options, cls=None):
     """What the hub and the workers have to know of the options of a function or class."""
-    if unknown := set(options) - OPTIONS:
-        raise ValueError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(sorted(OPTIONS))}")
-    amounts = {"CPU": options.get("num_cpus"), "GPU": options.get("num_gpus"), **(options.get("resources") or {})}
-    if amounts["CPU"] is None:
-        amounts["CPU"] = 0 if cls else 1            # as in Ray: an actor holds a CPU only if it asks for one
-    demand = _units({name: amount for name, amount in amounts.items() if amount is not None})
-    for name in ("max_retries", "max_restarts", "max_task_retries"):
-        if options.get(name, 0) < -1:
-            raise ValueError(f"{name}={options[name]}: it is a number from 0 up, or -1 for ever")
+    demand = _units({"CPU": options.get("num_cpus", 0 if cls else 1),       # as in Ray: an actor has to ask for a CPU
+                     "GPU": options.get("num_gpus", 0), **options.get("resources", {})})
+    if options.get("get_if_exists") and "name" not in options:
+        raise ValueError("get_if_exists=True: of which name?")
     strategy = options.get("scheduling_strategy") or "DEFAULT"
     if group := options.get("placement_group"):
         strategy = PlacementGroupSchedulingStrategy(group, options.get("placement_group_bundle_index", -1))
@@ -1970,15 +1995,14 @@ def _plan(options, cls=None):
     return {"demand": demand, "strategy": strategy, "shape": (tuple(sorted(demand.items())), strategy),
             "env": _env(options.get("runtime_env")), "asynchronous": asynchronous, "max_concurrency": concurrency,
             "ordered": concurrency == 1 and not asynchronous, "detached": options.get("lifetime") == "detached",
-            "max_restarts": options.get("max_restarts", 0), "max_task_retries": options.get("max_task_retries", 0),
-            "retry_exceptions": bool(options.get("retry_exceptions"))}
+            "max_restarts": options.get("max_restarts", 0), "max_task_retries": options.get("max_task_retries", 0)}
 
 class _Remote:
     """A function or class with its options. The hub hears of it when it is first used."""
 
     def __init__(self, target, options):
-        self._target, self._options, self._known = target, options, (None, None)
-        self._plan = _plan(options, target if inspect.isclass(target) else None)
+        self._target, self._options, self._known = target, _given(options), (None, None)
+        self._plan = _plan(self._options, target if inspect.isclass(target) else None)
         functools.update_wrapper(self, target, updated=())
 
     def options(self, **options):
@@ -2005,7 +2029,9 @@ def _submit(kind, method, args, kwargs, options, actor=0, retries=0):
     count = options.get("num_returns", 1)
     if not isinstance(count, int) or count < 0:
         raise ValueError(f"num_returns={count!r}: it is a number from 0 up")
-    refs, _ = _connected().submit(kind, method, args, kwargs, count, actor, retries)
+    again = options.get("retry_exceptions", False)
+    again = again if type(again) is bool else pack_value(tuple(again))
+    refs, _ = _connected().submit(kind, method, args, kwargs, count, actor, retries, again)
     return refs[0] if count == 1 else refs or None
 
 class RemoteFunction(_Remote):
@@ -2024,7 +2050,7 @@ class ActorClass(_Remote):
                 with contextlib.suppress(ValueError):       # if there is none yet, its arguments have to be packed
                     return get_actor(name, namespace)
             named = (namespace, name), info, options.get("get_if_exists", False)
-        (ref,), taken = client.submit(kind, "__init__", args, kwargs, 1, 0, self._plan["max_restarts"], named)
+        (ref,), taken = client.submit(kind, "__init__", args, kwargs, 1, 0, self._plan["max_restarts"], named=named)
         return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)
 
 def _actor_info(kind, cls, plan):
@@ -2061,7 +2087,7 @@ class ActorMethod:
         self._actor, self._name, self._options = actor, name, options
 
     def options(self, **options):
-        return ActorMethod(self._actor, self._name, self._options | options)
+        return ActorMethod(self._actor, self._name, _given(self._options | options))
 
     def remote(self, *args, **kwargs):
         kind, _, _, retries = self._actor._info

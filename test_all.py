@@ -4,6 +4,7 @@ bash run.sh test            everything that is quick
 bash run.sh test all        and what takes minutes or gigabytes
 """
 import asyncio
+import builtins
 import contextlib
 import ctypes
 import datetime as dt
@@ -1467,6 +1468,15 @@ def test_errors_keep_their_type_and_their_traceback(ray):
         ray.get(outer.remote())
     with pytest.raises(FileNotFoundError):
         ray.get(missing_file.remote())
+    if sys.version_info >= (3, 11):
+        @ray.remote
+        def several():
+            raise vars(builtins)["ExceptionGroup"]("two", [KeyError(1), Custom(7)])
+
+        with pytest.raises(vars(builtins)["ExceptionGroup"]) as caught:
+            ray.get(several.remote())
+        assert isinstance(caught.value, ray.exceptions.RayTaskError)
+        assert caught.value.message == "two" and caught.value.exceptions[1].code == 7
 
 
 def test_errors_that_cannot_be_pickled_still_arrive(ray):
@@ -1822,6 +1832,50 @@ def test_tasks_are_tried_again_when_their_process_dies(ray, tmp_path):
     assert ray.get(fail_twice.remote(str(tmp_path / "failed")), timeout=30) == 3
 
 
+def test_calls_that_raise_what_they_name_are_tried_again(small):
+    class Mine(KeyError):
+        pass
+
+    @small.remote(max_task_retries=2)
+    class Actor:
+        tries = 0
+
+        def fail(self, error):
+            self.tries += 1
+            raise error
+
+        @small.method(retry_exceptions=[Mine, OSError])
+        def named(self, error):
+            self.fail(error)
+
+        def counted(self):
+            tries, self.tries = self.tries, 0
+            return tries
+
+    @small.remote(max_task_retries=2)
+    class Async(Actor._target):
+        async def fail(self, error):
+            super().fail(error)
+
+    def task(error):
+        small_ray.get(actor.fail.remote(error))
+
+    def tries(call, error):
+        with pytest.raises(error):
+            small.get(call.remote(error), timeout=20)
+        return sum(small.get([each.counted.remote() for each in (actor, other)]))
+
+    actor, other, some = Actor.remote(), Async.remote(), {"retry_exceptions": [Mine, OSError]}
+    task = small.remote(max_retries=2, **some)(task)
+    for call in (task, actor.named, actor.fail.options(**some), other.fail.options(**some)):
+        assert [tries(call, error) for error in (Mine, FileNotFoundError, KeyError)] == [3, 3, 1]
+    for call in (task, actor.fail, other.fail):
+        assert [tries(call.options(retry_exceptions=again), Mine) for again in (True, False, [])] == [3, 1, 1]
+        for wrong in (5, [5]):
+            with pytest.raises(ValueError, match="list of exceptions"):
+                call.options(retry_exceptions=wrong)
+
+
 def test_get_takes_lists_and_timeouts(ray):
     @ray.remote
     def sleep(seconds):
@@ -2020,6 +2074,42 @@ def test_environment_variables_belong_to_their_task_alone(ray):
 
     assert ray.get(with_variable.remote(), timeout=60) == "yes"
     assert ray.get([without.remote() for _ in range(8)]) == [None] * 8
+
+
+def test_what_a_task_or_an_actor_starts_inherits_its_environment(small):
+    def look():
+        return os.environ.get("A"), os.environ.get("B"), os.environ["CUDA_VISIBLE_DEVICES"]
+
+    class Actor:
+        def look(self):
+            return look()
+
+        def call(self, task):
+            return small_ray.get(task.remote())
+
+        def make(self, cls):
+            return small_ray.get(cls.remote().look.remote())
+
+    def having(target, **variables):
+        return small.remote(runtime_env={"env_vars": variables})(target)
+
+    actor, task = having(Actor, A="1", CUDA_VISIBLE_DEVICES="7").remote(), small.remote(look)
+    assert small.get(actor.call.remote(task)) == ("1", None, "")              # which GPUs it may use is not inherited
+    assert small.get(actor.call.remote(task.options(num_gpus=1))) == ("1", None, "0")
+    assert small.get(actor.make.remote(small.remote(Actor))) == ("1", None, "")
+    assert small.get(actor.make.remote(having(Actor, A="2", B="3"))) == ("2", "3", "")
+    assert small.get(having(lambda: small_ray.get(task.remote()), B="4").remote()) == (None, "4", "")
+    assert small.get(task.remote()) == (None, None, "")
+
+
+@pytest.mark.parametrize("env", [5, {"env_vars": ["A"]}, *({"env_vars": {name: value}} for name, value in (
+    ("A", 1), ("A", None), ("A=B", "1"), ("", "1"), ("A", "\0"), (1, "1")))])
+def test_an_environment_that_is_not_text_is_refused(env):
+    small_ray.shutdown()
+    for refused in (small_ray.init, small_ray.remote(len).options):
+        with pytest.raises(TypeError, match="such as {'env_vars': {'OMP_NUM_THREADS': '1'}}"):
+            refused(runtime_env=env)
+    assert not small_ray.is_initialized()
 
 
 def test_methods_have_options(ray):
