@@ -977,9 +977,11 @@ class Hub:
             pool.node.busy -= 1 if lent else -1
             worker.lent, self.changed = lent, True
 
-    def on_cancel(self, peer, oid, force, recursive):
+    def ask_cancel(self, peer, oid, force, recursive):
         obj = self.objects.get(oid)
         tasks = [obj.maker] if obj and obj.maker else []
+        if force and tasks and tasks[0].actor:
+            raise ValueError("force=True is for tasks: it would end the actor; cancel without it, or kill() the actor")
         for task in tasks:
             tasks += [child for child in self.tasks.values()        # they have their turn in this loop
                       if recursive and child.parent == task.id and child.method != "__init__"]
@@ -1062,6 +1064,9 @@ class Hub:
         if not get_if_exists:
             raise ValueError(f"an actor named {name[1]!r} lives already: choose another name, or get_if_exists=True")
         return self.ask_actor(peer, name)
+
+    def ask_name(self, peer, aid):
+        return next((name[1] for name, (named, _) in self.names.items() if named == aid), "")
 
     def ask_actor(self, peer, name):
         aid, info = self.names.get(name, (None, None))
@@ -1912,6 +1917,8 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
         raise ValueError("wait() takes every ref once")
     if not 0 < num_returns <= len(refs):
         raise ValueError(f"num_returns={num_returns}, of {len(refs)} refs")
+    if timeout is not None and timeout < 0:
+        raise ValueError(f"timeout={timeout}: it is a number of seconds from 0 up")
     client, seen = _connected(), None
     for ref in refs:
         client.want(ref, False)
@@ -1928,7 +1935,7 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
 
 def cancel(ref, *, force=False, recursive=True):
     _check_refs([ref])
-    _connected().send("cancel", ref.id, force, recursive)
+    _connected().ask("cancel", ref.id, force, recursive)
 
 def kill(actor, *, no_restart=True):
     if not isinstance(actor, ActorHandle):
@@ -1948,7 +1955,7 @@ def get_actor(name, namespace=None):
 def method(**options):
     """Defaults for one method of an actor: @method(num_returns=2)."""
     def mark(function):
-        function._method_options = options
+        function._method_options = _given({name: options[name] for name in OPTIONS & options.keys()})
         return function
     return mark
 
@@ -1962,9 +1969,9 @@ FITTING = {"max_retries": _COUNT, "max_restarts": _COUNT, "max_task_retries": _C
            "max_concurrency": (lambda value: isinstance(value, int) and value >= 0, "a number from 0 up"),
            "name": (lambda value: isinstance(value, str) and value, "a text that is not empty"),
            "lifetime": (("detached", "non_detached").__contains__, "detached or non_detached"),
-           "retry_exceptions": (lambda value: isinstance(value, bool) or isinstance(value, (list, tuple)) and all(
-               inspect.isclass(each) and issubclass(each, Exception) for each in value),
-               "True, False, or a list of exceptions")}
+           "retry_exceptions": (lambda value: isinstance(value, (bool, bytes)) or isinstance(value, (list, tuple)) and
+                                all(inspect.isclass(each) and issubclass(each, Exception) for each in value),
+                                "True, False, or a list of exceptions")}
 
 def _given(options):
     """The options that are not None, which stands for what is usual. What makes no sense is refused here, not later."""
@@ -1975,6 +1982,8 @@ def _given(options):
         fits, wanted = FITTING[name]
         if not fits(options[name]):
             raise ValueError(f"{name}={options[name]!r}: it is {wanted}")
+    if isinstance(options.get("retry_exceptions"), (list, tuple)):          # the hub does not know these types
+        options["retry_exceptions"] = pack_value(tuple(options["retry_exceptions"]))
     return options
 
 def _plan(options, cls=None):
@@ -1990,12 +1999,36 @@ def _plan(options, cls=None):
         raise ValueError(f"scheduling_strategy={strategy!r}: there are DEFAULT, SPREAD, and the classes of "
                          "util.scheduling_strategies")
     strategy = strategy if isinstance(strategy, str) else strategy._plan()
-    asynchronous = cls is not None and any(inspect.iscoroutinefunction(value) for _, value in inspect.getmembers(cls))
+    members, methods = inspect.getmembers(cls) if cls else (), {}
+    asynchronous = any(inspect.iscoroutinefunction(value) for _, value in members)
+    for name, value in members:
+        if callable(value) and not hasattr(object, name):           # a handle has those itself
+            static = isinstance(inspect.getattr_static(cls, name), staticmethod)
+            bound = types.MethodType(value, cls) if inspect.isfunction(value) and not static else value
+            methods[name] = getattr(value, "_method_options", {}), _parameters(bound)
     concurrency = options.get("max_concurrency") or (1000 if asynchronous else 1)
     return {"demand": demand, "strategy": strategy, "shape": (tuple(sorted(demand.items())), strategy),
             "env": _env(options.get("runtime_env")), "asynchronous": asynchronous, "max_concurrency": concurrency,
             "ordered": concurrency == 1 and not asynchronous, "detached": options.get("lifetime") == "detached",
-            "max_restarts": options.get("max_restarts", 0), "max_task_retries": options.get("max_task_retries", 0)}
+            "methods": methods, "max_restarts": options.get("max_restarts", 0),
+            "max_task_retries": options.get("max_task_retries", 0)}
+
+def _parameters(function):
+    """Those of a signature, as text, with None for any default; what has no signature takes anything."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return "*args, **kwargs"
+    plain = [each.replace(annotation=each.empty, default=each.default if each.default is each.empty else None)
+             for each in parameters]
+    return str(inspect.Signature(plain))[1:-1]
+
+@functools.lru_cache(1000)
+def _check(name, parameters):
+    """An empty function: to call it tells whether arguments fit, in 0.1 us; Signature.bind() takes 2."""
+    check = eval(f"lambda {parameters}: None")
+    check.__qualname__ = name
+    return check
 
 class _Remote:
     """A function or class with its options. The hub hears of it when it is first used."""
@@ -2004,6 +2037,7 @@ class _Remote:
         self._target, self._options, self._known = target, _given(options), (None, None)
         self._plan = _plan(self._options, target if inspect.isclass(target) else None)
         functools.update_wrapper(self, target, updated=())
+        self._check = _check(self.__name__, _parameters(target))
 
     def options(self, **options):
         return type(self)(self._target, self._options | options)
@@ -2029,13 +2063,13 @@ def _submit(kind, method, args, kwargs, options, actor=0, retries=0):
     count = options.get("num_returns", 1)
     if not isinstance(count, int) or count < 0:
         raise ValueError(f"num_returns={count!r}: it is a number from 0 up")
-    again = options.get("retry_exceptions", False)
-    again = again if type(again) is bool else pack_value(tuple(again))
-    refs, _ = _connected().submit(kind, method, args, kwargs, count, actor, retries, again)
+    refs, _ = _connected().submit(kind, method, args, kwargs, count, actor, retries,
+                                  options.get("retry_exceptions", False))
     return refs[0] if count == 1 else refs or None
 
 class RemoteFunction(_Remote):
     def remote(self, *args, **kwargs):
+        self._check(*args, **kwargs)
         retries = self._options.get("max_retries", 3)
         return _submit(self._kind(_connected()), "", args, kwargs, self._options, retries=retries)
 
@@ -2043,20 +2077,16 @@ class ActorClass(_Remote):
     def remote(self, *args, **kwargs):
         client, options, named = _connected(), self._options, None
         kind = self._kind(client)
-        info = _actor_info(kind, self._target, self._plan)
+        info = kind, self.__name__, self._plan["methods"], self._plan["max_task_retries"]
         if name := options.get("name"):
             namespace = options.get("namespace") or client.config["namespace"]
             if options.get("get_if_exists"):
                 with contextlib.suppress(ValueError):       # if there is none yet, its arguments have to be packed
                     return get_actor(name, namespace)
             named = (namespace, name), info, options.get("get_if_exists", False)
+        self._check(*args, **kwargs)
         (ref,), taken = client.submit(kind, "__init__", args, kwargs, 1, 0, self._plan["max_restarts"], named=named)
         return ActorHandle._of(client, *taken) if taken else ActorHandle(ref, info)
-
-def _actor_info(kind, cls, plan):
-    """What a handle has to know."""
-    methods = {name: getattr(value, "_method_options", {}) for name, value in inspect.getmembers(cls, callable)}
-    return kind, cls.__name__, methods, plan["max_task_retries"]
 
 class ActorHandle:
     """handle.method.remote(...) calls. The actor ends when no handle is left anywhere."""
@@ -2072,7 +2102,7 @@ class ActorHandle:
 
     def __getattr__(self, name):
         if name in self._info[2] or name in ("__ray_ready__", "__ray_terminate__", "__ray_call__"):
-            return ActorMethod(self, name, self._info[2].get(name, {}))
+            return ActorMethod(self, name, *self._info[2].get(name, ({}, "*args, **kwargs")))
         raise AttributeError(f"actor {self._info[1]} has no method {name!r}")
 
     @property
@@ -2083,13 +2113,14 @@ class ActorHandle:
     def __reduce__(self): return ActorHandle, (self._ref, self._info)
 
 class ActorMethod:
-    def __init__(self, actor, name, options):
-        self._actor, self._name, self._options = actor, name, options
+    def __init__(self, actor, name, options, parameters):
+        self._actor, self._name, self._options, self._parameters = actor, name, options, parameters
 
     def options(self, **options):
-        return ActorMethod(self._actor, self._name, _given(self._options | options))
+        return ActorMethod(self._actor, self._name, _given(self._options | options), self._parameters)
 
     def remote(self, *args, **kwargs):
+        _check(self._name, self._parameters)(*args, **kwargs)
         kind, _, _, retries = self._actor._info
         retries = self._options.get("max_task_retries", retries)
         return _submit(kind, self._name, args, kwargs, self._options, self._actor._ref.id, retries)
@@ -2102,6 +2133,8 @@ def remote(*args, **options):
     def make(target):
         if not (inspect.isclass(target) or inspect.isroutine(target)):
             raise TypeError(f"remote is for functions and classes, not for {target!r}")
+        if inspect.iscoroutinefunction(target):
+            raise ValueError(f"{target.__name__} is async: only methods of actors are; asyncio.run() it in a function")
         return (ActorClass if inspect.isclass(target) else RemoteFunction)(target, options)
     if args and (options or len(args) > 1):
         raise TypeError("remote takes a function or class alone, or options by name")
@@ -2115,7 +2148,14 @@ class RuntimeContext:
     def get_worker_id(self): return _connected().config.get("worker", "driver")
     def get_task_id(self): return f"{_current.get().id:024x}" if _current.get() else None
     def get_actor_id(self): return f"{_current.get().actor:024x}" if _current.get() and _current.get().actor else None
+    def get_actor_name(self): return _connected().ask("name", _current.get().actor) if self.get_actor_id() else None
+    def get_task_name(self): return _connected().worker.name(_current.get()) if _current.get() else None
     def get_accelerator_ids(self): return {"GPU": [str(gpu) for gpu in get_gpu_ids()]}
+
+    def get_assigned_resources(self):
+        call = _current.get()
+        return _amounts(_connected().worker.kinds[call.kind][2]["demand"]) if call else {}
+
     namespace = property(lambda self: _connected().config["namespace"])
 
     @property
@@ -2124,8 +2164,8 @@ class RuntimeContext:
         call, client = _current.get(), _connected()
         if call is None or not call.actor:
             raise RuntimeError("current_actor is for the methods of an actor")
-        kind = client.worker.kinds[call.kind]
-        return ActorHandle(_borrow(call.actor), _actor_info(call.kind, kind[1], kind[2]))
+        name, _, plan = client.worker.kinds[call.kind]
+        return ActorHandle(_borrow(call.actor), (call.kind, name, plan["methods"], plan["max_task_retries"]))
 
 def get_runtime_context(): return RuntimeContext()
 def get_gpu_ids(): return list(_connected().config.get("gpus", ()))
@@ -2147,10 +2187,11 @@ class PlacementGroup:
     def __reduce__(self): return PlacementGroup, (self.id, self.bundle_specs)
     bundle_count = property(lambda self: len(self.bundle_specs))
 
-def placement_group(bundles, strategy="PACK", name=""):
+def placement_group(bundles, strategy="PACK", name="", lifetime=None):
+    """A group of any lifetime lives until it is removed, or its driver ends."""
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
-    if not bundles or not all(bundles):
+    if not isinstance(bundles, (list, tuple)) or not bundles or not all(b and isinstance(b, dict) for b in bundles):
         raise ValueError("a placement group is a list of bundles, such as [{'CPU': 1}, {'GPU': 1, 'CPU': 2}]")
     client, units = _connected(), [_units(bundle) for bundle in bundles]
     group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
@@ -2158,13 +2199,22 @@ def placement_group(bundles, strategy="PACK", name=""):
     return group
 
 def remove_placement_group(group): _connected().send("remove_group", group.id.id)
-def placement_group_table(): return _connected().ask("groups")
+
+def placement_group_table(group=None):
+    table = _connected().ask("groups")
+    return table.get(group.id.hex(), {}) if group else table
 
 @dataclasses.dataclass
 class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
     placement_group_bundle_index: int = -1          # -1: any
-    def _plan(self): return "group", self.placement_group.id.id, self.placement_group_bundle_index
+    placement_group_capture_child_tasks: bool = False           # Ray's; here what a task starts is never captured
+
+    def _plan(self):
+        index, count = self.placement_group_bundle_index, self.placement_group.bundle_count
+        if not -1 <= index < count:
+            raise ValueError(f"placement_group_bundle_index={index}: -1 is any, the last is {count - 1}")
+        return "group", self.placement_group.id.id, index
 
 @dataclasses.dataclass
 class NodeAffinitySchedulingStrategy:

@@ -1389,6 +1389,52 @@ def test_tasks_take_arguments_and_return_values(ray):
         f(1)
 
 
+def test_wrong_arguments_are_noticed_where_the_call_is(ray):
+    def doubled(function):
+        @functools.wraps(function)
+        def wrapper(self, x):
+            return function(self, x, x)
+        return wrapper
+
+    @ray.remote
+    def task(x: "int" = small_ray, /, *, key):
+        return key
+
+    @ray.remote
+    class Actor:
+        def __init__(self, x, y=(1, 2)):
+            self.x = x, y
+
+        def get(self, *rest, **more):
+            return self.x, rest, more
+
+        @doubled
+        def add(self, a, b):
+            return a + b
+
+        @staticmethod
+        def static(z):
+            return z
+
+        @classmethod
+        def of_class(cls, z):
+            return z
+
+    actor = Actor.remote(1)
+    for call in (Actor.remote, partial(Actor.remote, 1, x=2), task.remote, partial(task.remote, x=1, key=2),
+                 partial(task.remote, 1, 2, key=3), actor.static.remote, partial(actor.of_class.remote, 1, 2)):
+        with pytest.raises(TypeError):
+            call()
+    with pytest.raises(TypeError, match="'key'"):
+        task.remote()
+    calls = [task.remote(key=1), task.remote(5, key=2), actor.get.remote(1, a=2), actor.static.remote(3),
+             actor.of_class.remote(4)]
+    assert ray.get(calls) == [1, 2, ((1, (1, 2)), (1,), {"a": 2}), 3, 4]
+    if ray is small_ray:                                         # Ray counts the arguments of what is wrapped
+        assert ray.get(actor.add.remote(2)) == 4
+    assert ray.get(actor.__ray_call__.remote(lambda self, x: x, 6)) == 6
+
+
 def test_a_task_returns_as_many_values_as_it_says(ray):
     @ray.remote(num_returns=3)
     def three():
@@ -1865,7 +1911,7 @@ def test_calls_that_raise_what_they_name_are_tried_again(small):
             small.get(call.remote(error), timeout=20)
         return sum(small.get([each.counted.remote() for each in (actor, other)]))
 
-    actor, other, some = Actor.remote(), Async.remote(), {"retry_exceptions": [Mine, OSError]}
+    actor, other, some = Actor.options(name="A").remote(), Async.remote(), {"retry_exceptions": [Mine, OSError]}
     task = small.remote(max_retries=2, **some)(task)
     for call in (task, actor.named, actor.fail.options(**some), other.fail.options(**some)):
         assert [tries(call, error) for error in (Mine, FileNotFoundError, KeyError)] == [3, 3, 1]
@@ -1991,11 +2037,12 @@ def test_custom_resources_are_limits(ray):
 
 
 def test_placement_groups_reserve_their_bundles(ray):
-    group = ray.util.placement_group([{"CPU": 1}, {"CPU": 2}], strategy="PACK")
+    group = ray.util.placement_group([{"CPU": 1}, {"CPU": 2}], strategy="PACK", lifetime="detached")
     assert ray.get(group.ready(), timeout=60).bundle_specs == [{"CPU": 1}, {"CPU": 2}]
     assert group.wait(5) and group.bundle_count == 2
+    assert ray.util.placement_group_table(group)["state"] == "CREATED"
     strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
-        placement_group=group, placement_group_bundle_index=0)
+        placement_group=group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True)
 
     @ray.remote(num_cpus=1, scheduling_strategy=strategy)
     class Actor:
@@ -2029,9 +2076,10 @@ def test_actor_pool_spreads_and_orders(ray):
     with pytest.raises(TypeError):
         list(pool.map(double, [1, None, 2, 3]))
     assert list(pool.map(double, [10, 11])) == [20, 22]          # and nothing of 2 and 3
-    assert next(iter(pool.map_unordered(double, [5, 5, 5]))) == 10
     pool.map(double, [6, 7])
-    assert pool.has_next() and list(pool.map_unordered(double, [9])) == [18]
+    assert pool.has_next() and next(pool.map(double, [8, 9, 9])) == 16
+    assert next(pool.map_unordered(double, [5, 5, 5])) == 10 and list(pool.map_unordered(double, [9])) == [18]
+    pool = ray.util.ActorPool(actors)
     pool.submit(lambda actor, x: actor.__ray_call__.remote(lambda self: time.sleep(x)), 1)
     with pytest.raises(TimeoutError):
         pool.get_next(timeout=0, ignore_if_timedout=True)
@@ -2127,14 +2175,26 @@ def test_methods_have_options(ray):
 
 
 def test_the_runtime_context_says_where_one_is(ray):
+    def what():
+        context = ray.get_runtime_context()
+        return context.get_actor_name(), context.get_task_name(), context.get_assigned_resources()
+
     @ray.remote
     class Actor:
         def where(self):
             context = ray.get_runtime_context()
             return context.get_actor_id(), context.get_node_id(), context.get_job_id()
 
+        def what(self):
+            return what()
+
     actor, here = Actor.remote(), ray.get_runtime_context()
     assert ray.get(actor.where.remote()) == (actor._actor_id.hex(), here.get_node_id(), here.get_job_id())
+    assert ray.get(actor.what.remote()) == ("", "Actor.what", {})
+    named = Actor.options(name="the name", num_cpus=0.5).remote()
+    assert ray.get(named.what.remote()) == ("the name", "Actor.what", {"CPU": 0.5})
+    assert ray.get(ray.remote(what).remote()) == (None, "what", {"CPU": 1})
+    assert here.get_actor_name() is None and here.get_task_name() is None
     assert here.get_node_id() in [node["NodeID"] for node in ray.nodes()]
 
 
@@ -2181,6 +2241,20 @@ def test_cancel_by_force_kills_what_does_not_listen(small, tmp_path):
     small.cancel(ref, force=True)
     with pytest.raises(small.exceptions.TaskCancelledError):
         small.get(ref, timeout=5)
+
+
+def test_cancel_by_force_is_for_tasks(ray):
+    @ray.remote
+    class Actor:
+        def sleep(self):
+            time.sleep(60)
+
+    actor = Actor.remote()
+    ref = actor.sleep.remote()
+    with pytest.raises(ValueError, match="force"):
+        ray.cancel(ref, force=True)
+    assert ray.wait([ref], timeout=0)[0] == []
+    ray.kill(actor)
 
 
 def test_cancel_reaches_the_tasks_that_a_task_started(small, tmp_path):
@@ -2403,6 +2477,37 @@ def test_gpus_are_given_out_whole_or_in_shares(small):
     late = whole.remote()                                       # 1.3 GPUs are free, but no whole one
     assert small.wait([late.visible.remote()], timeout=0.3)[0] == []
     assert small.get(small.remote(lambda: os.environ["CUDA_VISIBLE_DEVICES"]).remote()) == ""
+
+
+def test_what_makes_no_sense_is_refused_at_once(small):
+    @small.remote
+    class Actor:
+        pass
+
+    async def coroutine():
+        pass
+
+    def strategy(index):
+        return small.util.scheduling_strategies.PlacementGroupSchedulingStrategy(group, index)
+
+    group = small.util.placement_group([{"CPU": 1}, {"CPU": 1}])
+    for name, value in (("lifetime", "foo"), ("max_concurrency", -1), ("max_concurrency", "2"), ("max_restarts", 1.5),
+                        ("max_restarts", -2), ("max_task_retries", "1"), ("name", 5), ("name", ""),
+                        ("get_if_exists", True), ("scheduling_strategy", strategy(-2)),
+                        ("scheduling_strategy", strategy(2))):
+        with pytest.raises(ValueError, match={"scheduling_strategy": "bundle_index"}.get(name, name)):
+            Actor.options(**{name: value})
+    Actor.options(max_restarts=None, max_concurrency=None, name=None, lifetime=None, num_cpus=None, resources=None,
+                  scheduling_strategy=strategy(1), runtime_env=None)
+    with pytest.raises(ValueError, match="timeout=-1"):
+        small.wait([small.put(1)], timeout=-1)
+    with pytest.raises(ValueError, match="async"):
+        small.remote(coroutine)
+    for bundles in ({"CPU": 1}, [], [{}], [5]):
+        with pytest.raises(ValueError, match="list of bundles"):
+            small.util.placement_group(bundles)
+    with pytest.raises(TypeError, match="foo"):
+        small.util.placement_group([{"CPU": 1}], foo=1)
 
 
 def test_tenths_of_a_cpu_add_up(small):
