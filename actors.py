@@ -2003,7 +2003,7 @@ def _plan(options, cls=None):
     asynchronous = any(inspect.iscoroutinefunction(value) for _, value in members)
     for name, value in members:
         if callable(value) and not hasattr(object, name):           # a handle has those itself
-            static = isinstance(inspect.getattr_static(cls, name), staticmethod)
+            static = isinstance(inspect.getattr_static(cls, name, None), staticmethod)
             bound = types.MethodType(value, cls) if inspect.isfunction(value) and not static else value
             methods[name] = getattr(value, "_method_options", {}), _parameters(bound)
     concurrency = options.get("max_concurrency") or (1000 if asynchronous else 1)
