@@ -29,7 +29,7 @@ score, sleep, wake), SamplingParams, RequestOutput, CompletionOutput.
 import itertools, json, math, random, sys, tempfile, time, weakref
 from bisect import bisect_left
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -63,13 +63,13 @@ class SamplingParams:
     seed: int | None = None                             # the same seed and prompt: the same tokens, in any company
     max_tokens: int | None = 16                         # None: until max_model_len
     stop: str | list[str] | None = None                 # text that ends the output, and is left out of it
-    stop_token_ids: list[int] | None = None             # like the model's own end-of-sequence tokens
+    stop_token_ids: int | list[int] | None = None       # like the model's own end-of-sequence tokens
     ignore_eos: bool = False                            # go on past the model's own end-of-sequence tokens
     logprobs: int | None = None     # for vLLM's programs; the logprob of every token comes in any case, as a float
 
     def __post_init__(self):
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        self.stop_token_ids = list(self.stop_token_ids or ())
+        self.stop, self.stop_token_ids = ([] if x is None else [x] if isinstance(x, str) or not isinstance(x, Iterable)
+                                          else list(x) for x in (self.stop, self.stop_token_ids))
         real = (int, float, np.number)
         _require(_whole(self.n) and self.n >= 1, f"n = {self.n!r}: ask for one sample or more")
         _require(isinstance(self.temperature, real) and (self.temperature == 0 or 1e-9 <= self.temperature < math.inf),
@@ -312,9 +312,8 @@ class Text:
 
     def piece(self, whole: str | None = None) -> str:
         """What can be shown and was not yet; given the whole text, all the rest of it."""
-        text, held = self.text if whole is None else whole, 0
-        if whole is None:
-            held = max((k for stop in self.stops for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
+        text, stops = (self.text, self.stops) if whole is None else (whole, [])
+        held = max((k for stop in stops for k in range(1, len(stop)) if text.endswith(stop[:k])), default=0)
         start, self.shown = self.shown, max(self.shown, len(text) - held)
         return text[start:self.shown]
 
@@ -527,6 +526,10 @@ def _end_tokens(folder: Path, config: Config) -> frozenset[int]:
     ends = config.eos_token_id if ends is None else ends
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
 
+def _several(prompts) -> list:
+    _require(isinstance(prompts, (str, dict, list, tuple)), f"give a list of prompts, not {prompts!r:.80}")
+    return [prompts] if isinstance(prompts, (str, dict)) or len(prompts) and all(map(_whole, prompts)) else prompts
+
 class LLM:
     """Requests go in by generate, chat, stream or add_request, and each comes out once: finished or aborted. On a GPU
     the first run compiles kernels and records a graph for each batch size it meets: some 15 seconds. For
@@ -544,8 +547,9 @@ class LLM:
                                 block_size=block_size, max_model_len=self.max_model_len, num_gpu_blocks_override=
                                 1 if num_gpu_blocks_override is None else num_gpu_blocks_override).items():
             _require(_whole(value) and value >= 1, f"{name} = {value!r}: take a positive integer")
-        _require(self.max_model_len <= config.max_position_embeddings, f"max_model_len = {self.max_model_len}: the "
-                 f"model knows positions up to {config.max_position_embeddings}")
+        _require(self.max_model_len <= (end := config.max_position_embeddings), f"max_model_len: positions up to {end}")
+        _require(_whole(seed), f"{seed = }: take an integer")
+        _require(0 < gpu_memory_utilization <= 1, f"{gpu_memory_utilization = }: take a share from (0, 1]")
         # One process needs no messages and looks at no environment: it may be an actor of a program under torchrun.
         self.mesh = Mesh(device=device) if tensor_parallel_size == 1 else init(tp=tensor_parallel_size, device=device)
         dtype = ("bfloat16" if self.mesh.device.type == "cuda" else "float32") if dtype == "auto" else dtype
@@ -569,18 +573,16 @@ class LLM:
         self.count, self.asleep = 0, False
 
     def _token_ids(self, prompt) -> tuple[str | None, list[int]]:
-        text, ids = None, prompt
-        if isinstance(prompt, dict):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids", prompt.get("prompt"))
+        given = prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
+        text, ids = given.get("prompt"), given.get("prompt_token_ids", given.get("prompt"))
         if isinstance(ids, str):
             _require(self.tokenizer is not None, "this model has no tokenizer: give the prompt as token ids")
             text, ids = ids, self.tokenizer.encode(ids)
         _require(isinstance(ids, Sequence) and all(map(_whole, ids)),
                  f"a prompt is a string, a list of token ids or a dict with either, not {prompt!r:.80}")
         _require(len(ids) > 0, "the prompt is empty; give at least one token")
-        low, high = min(ids), max(ids)
-        _require(0 <= low and high < self.config.vocab_size,
-                 f"token id {low if low < 0 else high} is outside of the vocabulary of {self.config.vocab_size}")
+        worst = min(ids) if min(ids) < 0 else max(ids)
+        _require(0 <= worst < self.config.vocab_size, f"token id {worst}: the vocabulary has {self.config.vocab_size}")
         return text, list(map(int, ids))
 
     def _requests(self, prompt, params: SamplingParams | None, number: int) -> list[Request]:
@@ -599,19 +601,17 @@ class LLM:
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
         seed = _derived(self.seed, number) if params.seed is None else params.seed % 2**63
         siblings: list[Request] = []
-        for i in range(params.n):
-            reader = Text(self.tokenizer, params.stop) if params.stop else None
-            siblings.append(Request(str(number), text, list(ids), params, limit, stops,
-                                    _derived(seed, i) if i else seed, siblings, reader))
+        siblings.extend(Request(str(number), text, list(ids), params, limit, stops, _derived(seed, i) if i else seed,
+                                siblings, Text(self.tokenizer, params.stop) if params.stop else None)
+                        for i in range(params.n))
         return siblings
 
     def _enqueue(self, siblings: list[Request]) -> str:
         self.count += 1
         self.requests[siblings[0].id] = siblings
         self.scheduler.waiting.extend(siblings)
-        for request in siblings:
-            if request.total == request.limit:                      # max_tokens = 0
-                self._finish(request, "length")
+        for request in [r for r in siblings if r.total == r.limit]:     # max_tokens = 0
+            self._finish(request, "length")
         return siblings[0].id
 
     def add_request(self, prompt, sampling_params: SamplingParams | None = None) -> str:
@@ -648,9 +648,8 @@ class LLM:
 
     def _absorb(self, launched: Launch | None) -> None:
         """Reads the tokens of a step. Who has ended by then is skipped: with overlap that is seen a step late."""
-        if launched is None:
-            return
-        for request, sampled, token, logprob in zip(launched.batch, launched.sampled, *launched.read()):
+        rows = zip(launched.batch, launched.sampled, *launched.read()) if launched else ()
+        for request, sampled, token, logprob in rows:
             if sampled and request.finish_reason is None:
                 request.logprobs.append(logprob)
                 request.versions.append(self.weight_version)
@@ -659,17 +658,15 @@ class LLM:
 
     def _check_end(self, request: Request, token: int) -> None:
         if token in request.stops:
-            request.stop_reason = token if token in request.params.stop_token_ids else None
-            self._finish(request, "stop")
+            self._finish(request, "stop", token if token in request.params.stop_token_ids else None)
         elif request.reader and (stop := request.reader.push(request.tokens[request.prompt_len:])):
-            request.stop_reason = stop
-            self._finish(request, "stop")
+            self._finish(request, "stop", stop)
         elif len(request.tokens) == request.limit:
             self._finish(request, "length")
 
-    def _finish(self, request: Request, reason: str) -> None:
+    def _finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         self.scheduler.remove(request)
-        request.finish_reason = reason
+        request.finish_reason, request.stop_reason = reason, stop_reason
         if all(r.finish_reason for r in request.siblings):
             outputs = [CompletionOutput(i, self._text(r), r.tokens[r.prompt_len:], r.logprobs, r.versions,
                                         r.finish_reason, r.stop_reason) for i, r in enumerate(request.siblings)]
@@ -678,25 +675,21 @@ class LLM:
             del self.requests[request.id]
 
     def _text(self, request: Request) -> str:
-        ids = request.tokens[request.prompt_len:]
         if isinstance(request.stop_reason, str):
             return request.reader.text
-        if request.finish_reason == "stop":                         # the token that ended it is no text
-            ids.pop()
+        stopped = request.finish_reason == "stop"                   # the token that ended it is no text
+        ids = request.tokens[request.prompt_len:len(request.tokens) - stopped]
         return self.tokenizer.decode(ids, skip_special_tokens=True) if self.tokenizer else ""
 
     def abort(self, request_id: str) -> None:
         """Ends a request in whatever state; the next step() returns what there is of it."""
-        for request in self.requests.get(request_id, ()):
-            if request.finish_reason is None:
-                self._finish(request, "abort")
+        for request in [r for r in self.requests.get(request_id, ()) if r.finish_reason is None]:
+            self._finish(request, "abort")
 
     def generate(self, prompts, sampling_params: SamplingParams | list[SamplingParams] | None = None,
                  use_tqdm: bool = True) -> list[RequestOutput]:
         """Outputs in the order of prompts: one, or a list, of strings, lists of token ids or dicts."""
-        _require(isinstance(prompts, (str, dict, list, tuple)), f"prompts is a list of prompts, not {prompts!r:.80}")
-        if isinstance(prompts, (str, dict)) or len(prompts) and all(map(_whole, prompts)):
-            prompts = [prompts]
+        prompts = _several(prompts)
         many = sampling_params if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(prompts)
         _require(len(many) == len(prompts), f"{len(prompts)} prompts and {len(many)} sampling_params")
         checked = [self._requests(prompt, one, self.count + i) for i, (prompt, one) in enumerate(zip(prompts, many))]
@@ -719,10 +712,12 @@ class LLM:
              use_tqdm: bool = True, chat_template_kwargs: dict | None = None) -> list[RequestOutput]:
         """One conversation, a list of {"role", "content"}, or a list of them."""
         _require(self.tokenizer is not None and self.tokenizer.chat_template, "this model has no chat template")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        talks = [messages] if messages and isinstance(messages, list) and isinstance(messages[0], dict) else messages
+        _require(isinstance(talks, list) and all(isinstance(one, dict) for talk in talks for one in talk),
+                 f'a conversation is a list of {{"role", "content"}}, not {messages!r:.80}')
         settings = dict(tokenize=False, add_generation_prompt=True) | (chat_template_kwargs or {})
         prompts = [{"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)}
-                   for text in (self.tokenizer.apply_chat_template(talk, **settings) for talk in conversations)]
+                   for text in (self.tokenizer.apply_chat_template(talk, **settings) for talk in talks)]
         return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(self, prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
@@ -734,8 +729,10 @@ class LLM:
         try:
             while request.finish_reason is None:
                 self._step()
-                if piece := request.reader.piece(self._text(request) if request.finish_reason else None):
+                if piece := request.reader.piece():
                     yield piece
+            if piece := request.reader.piece(self._text(request)):  # the rest, whoever took the step that ended it
+                yield piece
         finally:                                                    # also when nobody wants the rest
             self.abort(request_id)
             self.finished.pop(request_id, None)
@@ -745,8 +742,11 @@ class LLM:
         names to tensors or arrays. What the cache holds is forgotten. Requests in flight keep their tokens and go on
         under the new weights ("retract"), or end as they are ("abort"). The version goes with every token from here."""
         _require(mode in ("retract", "abort"), f"mode = {mode!r}: take 'retract' or 'abort'")
-        self._settle()
-        self.model.load_hf(dict(read_folder(local_folder(source))) if isinstance(source, (str, Path)) else source)
+        _require(isinstance(source, (str, Path, Iterable)), f"weights are a folder or a mapping, not {source!r:.80}")
+        weights = dict(read_folder(local_folder(source)) if isinstance(source, (str, Path)) else source)
+        _require(all("float" in str(getattr(x, "dtype", "")) for x in weights.values()), "weights have to be floats")
+        self._settle()                                              # not before all of them are at hand
+        self.model.load_hf(weights)
         self.weight_version = self.weight_version + 1 if version is None else version
         for request_id in list(self.requests) if mode == "abort" else ():
             self.abort(request_id)
@@ -771,7 +771,7 @@ class LLM:
     def score(self, texts: list[list[int]], temperature: float = 1.0) -> list[list[float]]:
         """The logprob of each token given those before it, under softmax(logits / temperature); of the first, which
         has none before it, 0. Requests in flight are not touched."""
-        texts = [self._token_ids(text)[1] for text in texts]
+        texts = [self._token_ids(text)[1] for text in _several(texts)]
         _require(isinstance(temperature, (int, float)) and 1e-9 <= temperature < math.inf, "take a temperature above 0")
         _require(all(len(text) <= self.max_model_len for text in texts), "a text is longer than max_model_len")
         ends = itertools.accumulate(map(len, texts))                # in groups of about the tokens of a step

@@ -4950,6 +4950,17 @@ def test_a_stream_that_is_left_ends_its_request(llm):
     assert not llm.has_unfinished() and len(llm.scheduler.blocks.free) == llm.scheduler.blocks.count
 
 
+def test_a_stream_is_whole_whoever_takes_the_steps(llm):
+    params = [SamplingParams(seed=seed, max_tokens=12, ignore_eos=True) for seed in (1, 2)]
+    first, second = (serve(llm, ["hello"], one)[0]["text"] for one in params)
+    stream = llm.stream("hello", params[0])
+    pieces = [next(stream)]
+    serve(llm, ["x"], SamplingParams(max_tokens=30, ignore_eos=True))
+    assert "".join([*pieces, *stream]) == first
+    both = itertools.zip_longest(*(llm.stream("hello", one) for one in params), fillvalue="")
+    assert ["".join(pieces) for pieces in zip(*both)] == [first, second]
+
+
 def test_n_samples_come_in_order_with_seeds_of_their_own(llm):
     prompt = some_prompts(11)[0]
     five = serve(llm, [prompt], SamplingParams(n=5, seed=4, **FULL))[0]
@@ -4973,6 +4984,8 @@ def test_prompts_come_as_text_ids_or_dicts_and_outputs_read_either_way(llm):
     ids = llm.tokenizer.encode("one two")
     greedy = SamplingParams(temperature=0, max_tokens=5)
     outputs = serve(llm, ["one two", ids, {"prompt": "one two"}, {"prompt_token_ids": ids}], greedy)
+    stop = llm.tokenizer.encode("q")[0]
+    assert SamplingParams(stop_token_ids=stop) == SamplingParams(stop_token_ids=[stop])        # as a lone stop string
     outputs += serve(llm, "one two", greedy) + serve(llm, ids, greedy) + serve(llm, {"prompt_token_ids": ids}, [greedy])
     assert len(outputs) == 7 and len({tuple(o["token_ids"]) for o in outputs}) == 1
     assert outputs[0].prompt == "one two" and outputs[1].prompt is None and outputs[0].finished
@@ -5001,7 +5014,8 @@ def test_chat_uses_the_models_template(llm):
     ([1], {"top_p": 0}, "top_p"), ([1], {"top_p": 1.1}, "top_p"), ([1], {"top_k": -2}, "top_k"),
     ([1], {"max_tokens": -1}, "max_tokens"), ([1], {"stop": [""]}, "stop"), ([1], {"stop": [3]}, "stop"),
     ([1], {"stop_token_ids": ["a"]}, "stop_token_ids"), ([1], {"seed": "x"}, "seed"), ([1], {"logprobs": 5}, "logprob"),
-    ([1], {"temperature": "hot"}, "temperature"), ([1], {"max_tokens": "all"}, "max_tokens")])
+    ([1], {"temperature": "hot"}, "temperature"), ([1], {"stop": 5}, "stop"), ([1], {"stop_token_ids": 1.5}, "_ids"),
+    ([1], {"max_tokens": "all"}, "max_tokens")])
 def test_bad_requests_are_refused_before_anything_changes(tiny, small_pool, prompt, params, says):
     with pytest.raises(ValueError, match=says):
         small_pool.generate([[1, 2], prompt], SamplingParams(**params), use_tqdm=False)
@@ -5019,7 +5033,9 @@ def small_pool(tiny):
 def test_bad_settings_are_refused_in_words(tiny, tmp_path):
     for wrong, says in ((dict(max_num_seqs=0), "max_num_seqs"), (dict(max_model_len=10**6), "positions up to"),
                         (dict(max_model_len=0), "max_model_len"), (dict(num_gpu_blocks_override=-3), "num_gpu_blocks"),
-                        (dict(dtype="int7"), "dtype"), (dict(tensor_parallel_size=0), "tp"),
+                        (dict(dtype="int7"), "dtype"), (dict(seed="x"), "seed"), (dict(seed=None), "seed"),
+                        *((dict(gpu_memory_utilization=x), "gpu_memory_utilization") for x in (5, 0, -1, math.nan)),
+                        (dict(tensor_parallel_size=0), "tp"),
                         (dict(tensor_parallel_size=2), "torchrun")):
         with pytest.raises(ValueError, match=says):
             LLM(tiny, **wrong)
@@ -5032,6 +5048,9 @@ def test_bad_settings_are_refused_in_words(tiny, tmp_path):
         engine.generate([[1]] * 3, [SamplingParams()] * 2)
     with pytest.raises(ValueError, match="SamplingParams"):
         engine.generate([[1]], {"temperature": 1})
+    for talk in ("hi", ["hi"], [["hi"]], None, {"role": "user", "content": "hi"}):
+        with pytest.raises(ValueError, match="conversation"):
+            engine.chat(talk)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -5116,7 +5135,7 @@ def test_weights_come_from_a_state_dict_a_folder_or_read_only_arrays(tiny, tmp_p
     engine.update_weights(arrays, version=40)
     assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == want and engine.weight_version == 40
     for bad in ({**new, "model.norm.weight": torch.ones(3)}, {k: v for k, v in new.items() if "norm" not in k},
-                {**new, "what.is.this": torch.ones(3)}):
+                {**new, "what.is.this": torch.ones(3)}, None, {k: v.long() for k, v in new.items()}):
         with pytest.raises(ValueError):
             engine.update_weights(bad)
     with pytest.raises(ValueError, match="mode"):
@@ -5127,6 +5146,8 @@ def test_weights_come_from_a_state_dict_a_folder_or_read_only_arrays(tiny, tmp_p
                            num_key_value_heads=1)
     with pytest.raises(ValueError, match="the model wants"):
         engine.update_weights(another)
+    with pytest.raises(ZeroDivisionError):              # half way through weights that are made as they are read
+        engine.update_weights((name, value * (2 / (name != "model.norm.weight"))) for name, value in new.items())
     assert tokens_of(serve(engine, [[1, 2, 3]], greedy)) == want and engine.weight_version == 40
 
 
@@ -5223,7 +5244,8 @@ def test_score_does_not_depend_on_company_and_leaves_requests_alone(tiny):
     together = engine.score(texts, temperature=0.7)
     assert all(np.allclose(a, b, atol=1e-5) and len(a) == len(text) for a, b, text in zip(alone, together, texts))
     assert engine.score([]) == [] and engine.has_unfinished()
-    for bad in ([[]], [[1, 999]], [[1] * 129], ["abc", None]):
+    assert engine.score("hello") == engine.score(engine.tokenizer.encode("hello")) == engine.score(["hello"])
+    for bad in ([[]], [[1, 999]], [[1] * 129], ["abc", None], None, 5):
         with pytest.raises(ValueError):
             engine.score(bad)
 
