@@ -20,8 +20,8 @@ Public names
     python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held_out: test)
     python evaluate.py problems --data HUB/ID --model M --out F.jsonl   those worth learning from: not guessed, not long
 """
-import argparse, asyncio, collections, dataclasses, functools, itertools, json, logging, math, os, random, re, resource
-import signal, sys, tempfile, textwrap, time
+import argparse, asyncio, collections, dataclasses, functools, hashlib, itertools, json, logging, math, os, random, re
+import resource, signal, sys, tempfile, textwrap, time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -50,16 +50,16 @@ class Config:
     memory: float = 0.9             # share of a GPU's memory that an engine takes
     dtype: str | None = None        # bfloat16, float32; otherwise what suits the device
     out: str = "evaluation"         # a directory: samples, scores.json, scores.png
-    resume: bool = False            # keep the samples of models that --out has already
+    resume: bool = False            # keep the samples that --out has already, of models and problems as they are
 
 # --- answers: what stands in the box, and when two spellings are surely the same -------------------------------------
 
 _MARKS = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)       # an escaped brace is text, and does not count
 
 def boxes(text: str) -> list[str]:
-    """What stands in every balanced \\boxed{} after the thinking, in order. One that is never closed holds no answer,
+    """What stands in every balanced \\boxed{} outside of thinking, in order. One that is never closed holds no answer,
     nor does an empty one (the instruction, repeated); of nested ones the inner counts."""
-    text, opened, found = text.rpartition("</think>")[2], [], []
+    text, opened, found = text.rpartition("</think>")[2].partition("<think>")[0], [], []
     for mark in _MARKS.finditer(text):
         if mark[0][0] == "\\" and len(mark[0]) == 2:
             continue
@@ -79,13 +79,18 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}(?:(?:,|\{,\}|\\[,!: ]|,\\!)\d{3})+(?:\.\d*)
 _NUMBER = re.compile(r"([+-]?)(?:\\frac\{(\d{1,40})\}\{(\d{1,40})\}|\\frac(\d)(\d)|(\d{1,40})/(\d{1,40})"
                      r"|(\d{1,40}(?:\.\d{0,40})?|\.\d{1,40}))")
 
+GUESSES = {"yes", "no", "true", "false"}
+
 def tidy(answer: str) -> str:
-    return re.sub(r"(?<!\\right)\.$", "", answer.strip())       # no full stop, which math-verify cannot read
+    """Without what math-verify cannot read: a full stop, another sign for the empty set."""
+    return re.sub(r"(?<!\\right)\.$", "", answer.strip()).replace("\\varnothing", "\\emptyset")
 
 def plain(answer: str) -> str:
     """One spelling of answers that differ in typesetting alone."""
     answer = tidy(re.sub(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\?\$", "", tidy(answer)))
     answer = re.sub(r"\\[dt]frac(?![a-zA-Z])", r"\\frac", answer)
+    answer = re.sub(r"^\\text\{([a-zA-Z]+)\}$", r"\1", answer)
+    answer = answer.lower() if answer.lower() in GUESSES else answer
     if _GROUPED.fullmatch(answer):
         return re.sub(r"[^\d.+-]", "", answer)
     return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(answer.split()))          # not between digits: 1 2 is not 12
@@ -100,10 +105,13 @@ def number(answer: str) -> Fraction | None:
     return Fraction(sign + "1") * Fraction("/".join(parts))
 
 def quick(answer: str, gold: str) -> bool | None:
-    """The verdict where it takes no sympy to know it: on equal spellings, and on two plain numbers. None where it does,
-    also if numbers differ by less than 1e-5: math-verify rounds, and 0.333333 is 1/3 to it."""
-    if plain(answer) == plain(gold):
+    """The verdict where it takes no sympy to know it: on equal spellings, words, and two plain numbers. None where it
+    does, also if numbers differ by less than 1e-5: math-verify rounds, and 0.333333 is 1/3 to it."""
+    spelled = plain(answer), plain(gold)
+    if spelled[0] == spelled[1]:
         return True
+    if all(map(str.isalpha, spelled)) and (GUESSES & {*spelled} or all(len(x) > 2 and x.isupper() for x in spelled)):
+        return False                                    # to math-verify CAB is ABC, and ON is NO: products of letters
     a, b = number(answer), number(gold)
     if a is None or b is None:
         return None
@@ -163,7 +171,7 @@ class Graders:
 
     async def _grade(self, text: str, gold: str) -> Grade:
         """Of several boxes all have to be right: who offers two different answers has none."""
-        found, gold = list(dict.fromkeys(boxes(text))), str(gold)
+        found, gold = list(dict.fromkeys(boxes(str(text)))), str(gold)
         if not found:
             return Grade(0.0, "unparsed", None)
         known = [quick(answer, gold) for answer in found]
@@ -200,7 +208,7 @@ class Graders:
 
 _graders = None
 
-def grade(answer: str, gold: str) -> float:
+def grade(answer: str, gold: str | int) -> float:
     """1.0 if the text's boxed answer is the gold one, else 0.0."""
     global _graders
     if _graders is None or not actors.is_initialized():
@@ -218,16 +226,27 @@ def chat_messages(problem: str) -> list[dict]:
 def read(path: str) -> al.Table:
     return al.Table.from_jsonl(path) if path.endswith((".jsonl", ".json")) else al.read(path)
 
+def _lines(path: str):
+    """(line, row) one by one: as a table, a column could not hold 5 and then x+1."""
+    with open(path, "rb") as lines:
+        for i, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield i, dict(json.loads(line))
+                except (ValueError, TypeError, RecursionError) as error:
+                    raise ValueError(f"{path}, line {i}: not a JSON object: {error}") from None
+
 def load_problems(data: str, split: str = "test") -> list[dict]:
     """math500, gsm8k, or another data set of the hub; a file of that name comes first."""
+    lines = data.endswith((".jsonl", ".json"))
     if Path(data).is_file():
-        table = read(data)
+        rows = _lines(data) if lines else enumerate(al.read(data))
     elif data in HUB or re.fullmatch(r"[\w.-]+/[\w.-]+", data) and not data.endswith((".jsonl", ".json", ".arrow")):
         import datasets                                 # here alone: files need no network
-        table = datasets.load_dataset(*HUB.get(data, (data, None)), split=split)
+        rows = enumerate(datasets.load_dataset(*HUB.get(data, (data, None)), split=split))
     else:
         raise FileNotFoundError(f"there is no file {data}; pass math500, gsm8k, a .jsonl or Arrow file, or a hub id")
-    problems = [_problem(row, f"{data}, row {i}") for i, row in enumerate(table, 1)]
+    problems = [_problem(row, f"{data}, {'line' if lines else 'row'} {i}") for i, row in rows]
     if not problems:
         raise ValueError(f"{data} has no rows")
     return problems
@@ -252,8 +271,6 @@ def chat_prompts(problems: list[dict], tokenizer) -> tuple[list[str], list[list[
     texts = [tokenizer.apply_chat_template(chat_messages(x["problem"]), tokenize=False, add_generation_prompt=True,
                                            enable_thinking=False) for x in problems]
     return texts, tokenizer(texts, add_special_tokens=False)["input_ids"]
-
-GUESSES = {"yes", "no", "true", "false"}
 
 def worth_learning(problems: list[dict], tokenizer, longest: int) -> list[dict]:
     """Without those whose answer is soon guessed (a reward for a guess teaches guessing), and those of which the prompt
@@ -305,6 +322,8 @@ def measures(samples) -> dict[str, dict[int, float]]:
     problems = collections.defaultdict(list)
     for sample in samples:
         problems[sample["number"]].append(sample)
+    if not problems:
+        raise ValueError("there are no samples to measure")
     n = min(map(len, problems.values()))
 
     def each(measure) -> dict[int, float]:
@@ -402,7 +421,7 @@ SAMPLE = {"model": "utf8", "number": "int64", "sample": "int64", "problem": "utf
 async def record(model: str, number: int, problem: dict, samples: list[dict], graders: Graders) -> list[dict]:
     """One problem's samples {"text", "tokens", "finish_reason"} with their grades."""
     grades = await graders.agrade([(sample["text"], problem["answer"]) for sample in samples])
-    given = {"model": model, "number": number, "problem": problem["problem"], "gold": problem["answer"],
+    given = {"model": model, "number": number, "problem": problem["problem"], "gold": str(problem["answer"]),
              "subject": problem.get("subject", ""), "level": problem.get("level", "")}
     return [given | {"sample": i} | sample | grade._asdict() for i, (sample, grade) in enumerate(zip(samples, grades))]
 
@@ -410,17 +429,51 @@ def check_model(model: str) -> None:
     if not Path(model, "config.json").is_file() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise FileNotFoundError(f"there is no model in {model}; pass a directory with config.json, or a hub id")
 
-def evaluate(model: str, problems: list[dict], config: Config | None = None, **settings) -> tuple[al.Table, dict]:
+def check(config: Config) -> dict:
+    """What an engine is asked for each answer; refuses what it, or the pool of graders, would not take."""
+    import torch
+    from engine import SamplingParams
+    dtype = getattr(torch, "float32" if config.dtype in (None, "auto") else config.dtype, None)
+    for name, good in {"limit": config.limit >= 0, "max_tokens": config.max_tokens > 0, "graders": config.graders >= 0,
+                       "deadline": config.deadline > 0, "memory": 0 < config.memory <= 1,
+                       "dtype": isinstance(dtype, torch.dtype) and dtype.is_floating_point}.items():
+        if not good:
+            raise ValueError(f"{name} = {getattr(config, name)} makes no sense; see python evaluate.py --help")
+    params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
+    return SamplingParams(**params) and params
+
+def identity(model: str) -> str:
+    """A hash of all its files: that of a copy is the same, that of a model made anew under its old name is not."""
+    from parallel import local_folder
+    found = hashlib.sha256()
+    for path in sorted(Path(local_folder(model)).iterdir()):
+        if path.suffix in (".safetensors", ".json", ".jinja", ".txt") and path.stat().st_size:
+            found.update(path.name.encode())
+            found.update(np.memmap(path, mode="r"))     # some 1 s a GB, and holds none of it in memory
+    return found.hexdigest()
+
+def changed(file: Path, model: str, problems: list[dict], n: int) -> bool:
+    """Whether a file of samples is of other problems, or of a model that has changed since."""
+    table, asked = al.read(file), [(x["problem"], str(x["answer"])) for x in problems for _ in range(n)]
+    same = list(zip(table["problem"].to_pylist(), table["gold"].to_pylist())) == asked
+    known = table.schema.metadata.get(b"model", b"").decode()       # none before samples said so
+    if not same or known not in ("", identity(model)):
+        print(f"{model}: evaluated anew, as {'its files' if same else 'the problems'} have changed")
+        return True
+    print(f"{model}: its samples are kept" + ("" if known else ", though they do not say which weights they are of"))
+    return False
+
+def evaluate(model: str, problems: list[dict], config: Config | None = None, label: str = "", **settings) -> tuple:
     """The samples of a model, and summarize(samples). Settings replace those of `config`, by name."""
     config, model, scores = dataclasses.replace(config or Config(), **settings), str(model), []
     check_model(model)
+    params, schema = check(config), al.Schema(SAMPLE, {"model": identity(model)})
     graders = Graders(config.graders, config.deadline)  # starts actors, unless they run
     gpus = 0 if config.device == "cpu" else int(actors.cluster_resources().get("GPU", 0))
     generators = [actors.remote(Generator).options(num_gpus=min(gpus, 1)).remote()
                   for _ in range(max(1, min(gpus, len(problems))))]
     options = {"dtype": config.dtype or "auto", "device": config.device, "gpu_memory_utilization": config.memory}
-    params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
-    bar = tqdm(total=len(problems), desc=Path(model).name, unit="problem")
+    bar = tqdm(total=len(problems), desc=label or Path(model).name, unit="problem")
 
     async def solve(number: int, problem: dict) -> list[dict]:
         own = params | {"seed": config.seed * 10**6 + number}       # no data set has more problems
@@ -441,7 +494,7 @@ def evaluate(model: str, problems: list[dict], config: Config | None = None, **s
     finally:
         for generator in generators:
             actors.kill(generator)                      # the next model needs the memory
-    table = al.Table.from_pylist(list(itertools.chain(*rows)), SAMPLE)
+    table = al.Table.from_pylist(list(itertools.chain(*rows)), schema)
     return table, summarize(table)
 
 def labels(models: list[str]) -> list[str]:
@@ -456,10 +509,10 @@ def run(config: Config) -> dict:
     """Every model, and what they say side by side, in --out."""
     out, settings, names, models = Path(config.out), dataclasses.asdict(config), labels(config.model), {}
     if out.exists() and any(out.iterdir()):
-        if not config.resume:
-            raise ValueError(f"{out} holds another run already: choose another --out, or --resume it")
+        if not config.resume or not (out / "config.json").is_file():
+            raise ValueError(f"{out} holds another run or something else: choose another --out, or --resume a run")
         before = json.loads((out / "config.json").read_text())
-        for name in ("data", "limit", "n", "temperature", "top_p", "top_k", "max_tokens", "seed"):
+        for name in ("data", "limit", "n", "temperature", "top_p", "top_k", "max_tokens", "seed", "dtype"):
             if before.get(name) != settings[name]:
                 raise ValueError(f"{out} was made with {name} = {before.get(name)}, not {settings[name]}")
     files = [out / (re.sub(r"[^\w.-]+", "_", model).strip("._") + ".arrow") for model in config.model]
@@ -469,17 +522,20 @@ def run(config: Config) -> dict:
         check_model(model)
         if file.exists() and (other := al.read(file)[0]["model"]) != model:
             raise ValueError(f"{file} has the samples of {other}, not of {model}; choose another --out")
+    check(config)
     problems = load_problems(config.data)[:config.limit or None]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     print("\n".join(f"{name:12} {value}" for name, value in settings.items()))
     for name, file, model in zip(names, files, config.model):
-        if not file.exists():
-            al.write(evaluate(model, problems, config)[0], file)
+        if not file.exists() or changed(file, model, problems, config.n):
+            al.write(evaluate(model, problems, config, name)[0], file)
         models[name] = al.read(file).to_pylist()
     print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
     scores = {name: summarize(samples) for name, samples in models.items()}
-    (out / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+    known = {model: {name: [None if math.isnan(x) else x for x in pair] for name, pair in found.items()}
+             for model, found in scores.items()}        # of one problem there is no error, and JSON has no NaN
+    (out / "scores.json").write_text(json.dumps(known, indent=2) + "\n")
     draw(models, out / "scores.png")
     return scores
 
@@ -558,7 +614,10 @@ def command(name: str) -> None:
         parser.add_argument("path", metavar="FILE")
         parser.add_argument("--verdict", help="only right, wrong, unparsed, timeout or crashed ones")
         parser.add_argument("--start", type=int, default=0, help="the first row")
-        return show(**vars(parser.parse_args(sys.argv[2:])))
+        args = parser.parse_args(sys.argv[2:])
+        if args.start < 0 or not Path(args.path).is_file():
+            parser.error("--start counts from 0" if args.start < 0 else f"there is no file {args.path}")
+        return show(**vars(args))
     parser.add_argument("--out", required=True, help="a .jsonl file")
     if name == "arithmetic":
         parser.add_argument("--n", type=int, default=1000)
