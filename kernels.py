@@ -804,12 +804,13 @@ def _logit_stats(x, weight, targets, stats, scale, x_stride, rows, columns, widt
     for first in tl.range(split * share, tl.minimum(split * share + share, columns), BV):
         column = first + tl.arange(0, BV)
         y = _logits(x, weight, first_row, first, x_stride, rows, columns, width, BM, BV, BK, FUSED) * scale
-        y = tl.where((column < columns)[None, :], y, float("-inf"))                                 # [BM, BV], base 2
+        y = tl.where((column < columns)[None, :], y, MASKED if FUSED else float("-inf"))            # [BM, BV], base 2
         hit += tl.sum(tl.where(column[None, :] == target[:, None], y, 0.0), 1)
         new_m = tl.maximum(m, tl.max(y, 1))
         shrink = tl.exp2(m - new_m)
         y -= new_m[:, None]
-        y = tl.where(y < MASKED, MASKED, y)             # not -inf, times a probability of 0; NaN stays
+        if not FUSED:                                   # only logits that are given can be -inf; no product makes such
+            y = tl.where(y < MASKED, MASKED, y)         # times a probability of 0, -inf would be NaN; NaN stays NaN
         e = tl.exp2(y)
         t = (t + (m - new_m) * s) * shrink + tl.sum(y * e, 1)
         s = s * shrink + tl.sum(e, 1)
@@ -835,7 +836,8 @@ def _logit_grads(x, weight, targets, factors, out, scale, x_stride, size, rows, 
         column = (first + tl.arange(0, BV))[None, :]
         y = _logits(x, weight, first_row, start + first, x_stride, rows, start + size, width, BM, BV, BK, FUSED)
         y = y * scale - lse[:, None]                                                                # [BM, BV], base 2
-        y = tl.where(y < MASKED, MASKED, y)
+        if not FUSED:
+            y = tl.where(y < MASKED, MASKED, y)
         d = tl.exp2(y) * (a[:, None] + b[:, None] * y) + tl.where(column == target, c[:, None], 0.0)
         tl.store(out + row.to(tl.int64)[:, None] * size + column, _narrow(d, out.dtype.element_ty),
                  mask=live[:, None] & (column < size))
