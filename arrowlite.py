@@ -28,8 +28,8 @@ format (stream=True: datasets) is the same without the footer. `read` takes eith
 """
 from __future__ import annotations
 
-import argparse, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, operator, os
-import pickle, re, struct, sys, tempfile, time, timeit, uuid, warnings, zoneinfo
+import argparse, atexit, contextlib, ctypes, functools, gc, importlib, itertools, json, mmap, multiprocessing, operator
+import os, pickle, re, struct, sys, tempfile, time, timeit, uuid, warnings, zoneinfo
 import datetime as dt
 from bisect import bisect_left, bisect_right
 from concurrent.futures import ProcessPoolExecutor
@@ -1593,7 +1593,10 @@ def _release_function(layout) -> int:
         file.write(code)
         file.flush()
         memory = mmap.mmap(file.fileno(), len(code), mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
-    for kept in (memory, _lent):        # for good: others may release what we lent after Python has cleared its modules
+    if _sweep_soon not in gc.callbacks:
+        gc.callbacks.append(_sweep_soon)
+        atexit.register(gc.callbacks.remove, _sweep_soon)
+    for kept in (memory, _lent, _full_sweep):   # for good: others may release ours after Python has cleared its modules
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))
     return np.frombuffer(memory, np.uint8).ctypes.data
 
@@ -1608,12 +1611,10 @@ def _lend(c, *alive, children=(), dictionary=()):
     _lent[c.private] = flag, [*children, *dictionary], [pointers, *alive]
     return c
 
-def _sweep(phase: str = "stop", info=None) -> None:
-    """Let go of what has been released. Called whenever something is lent, and by full garbage collections."""
-    if phase != "stop" or info and info["generation"] < 2:
-        return
+def _sweep() -> None:
+    """Let go of what has been released. Called whenever something is lent, and after full garbage collections."""
     unheld = 0
-    for address, (capsule, stream) in _capsules.copy().items():     # copies: a collection may call this in the middle
+    for address, (capsule, stream) in _capsules.copy().items():     # copies: a collection may bring another sweep
         count = sys.getrefcount(capsule)
         unheld = count if stream is None else unheld
         if stream and count <= unheld:
@@ -1629,7 +1630,23 @@ def _forget(address: int) -> None:
         if part.release:
             _forget(part.private)
 
-gc.callbacks.append(_sweep)
+class _FullSweep:
+    """Sweeps when it is asked for its truth, if there was a full collection since."""
+    collections = 0
+
+    def __bool__(self) -> bool:
+        if self.collections != (now := gc.get_stats()[2]["collections"]):
+            self.collections = now
+            _sweep()
+        return False                    # to a pending call: no error
+
+# What a garbage collection calls must not be Python: Ctrl-C during the collection would be raised in there, where every
+# error is swallowed. So it is ctypes alone, which asks the main thread to call PyObject_IsTrue(_full_sweep) as soon as
+# it runs Python again. A collection adds two arguments (phase, info), which the C function does not look at.
+_full_sweep = _FullSweep()
+_sweep_soon = functools.partial(
+    ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, *[ctypes.py_object] * 3)(("Py_AddPendingCall", ctypes.pythonapi)),
+    ctypes.cast(ctypes.pythonapi.PyObject_IsTrue, ctypes.c_void_p).value, _full_sweep)
 
 def _export_field(f: Field):
     kind, stored = f.type, f.type.index or f.type

@@ -643,6 +643,24 @@ def test_arrowlite_lends_thousands_at_once_and_a_stream_only_once():
     assert al.Table.from_arrow(Once(capsule)).to_pylist() == [{"a": 7}]
 
 
+def test_arrowlite_lending_loses_no_interrupt_that_arrives_during_a_garbage_collection():
+    there = pa.table(al.Table.from_pydict({"x": np.arange(9)}))
+    # the signal comes from C, as those of a terminal do: no Python between it and our part of the collection
+    kill = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_int, *[ctypes.py_object] * 2)(("raise", ctypes.CDLL(None)))
+    interrupt = partial(kill, signal.SIGINT)
+    gc.disable()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gc.callbacks.insert(0, interrupt)
+            gc.collect()
+    finally:
+        gc.callbacks.remove(interrupt)
+        gc.enable()
+    del there
+    gc.collect()
+    assert not al._lent
+
+
 def test_arrowlite_what_is_lent_may_outlive_the_interpreter():
     code = ("import arrowlite as al, pyarrow as pa, polars as pl, logging\n"
             "class H(logging.Handler): pass\n"
