@@ -515,15 +515,18 @@ def array(values, type=None) -> Array:
     elif hasattr(values, "__arrow_c_stream__") or hasattr(values, "__arrow_c_array__"):
         built = Column(*_import(values)).combine()
     elif hasattr(values, "__array__"):
-        try:
-            built = _from_numpy(np.asanyarray(values))
-        except (TypeError, RuntimeError) as error:                  # a torch tensor that numpy cannot hold
-            raise ValueError(f"{error}; convert it first") from None
+        built = _from_numpy(_as_numpy(values))
     elif isinstance(values, (str, bytes, dict)) or not hasattr(values, "__iter__"):
         raise ValueError(f"a column takes a list of values, not {values!r:.40}")
     else:
         built = _build(list(values))
     return built if type is None else _cast(built, as_type(type))
+
+def _as_numpy(values) -> np.ndarray:
+    try:
+        return np.asanyarray(values)
+    except (TypeError, RuntimeError) as error:                      # a torch tensor that numpy cannot hold
+        raise ValueError(f"{error}; convert it first") from None
 
 # Python's types by family, in the order in which they are tried: a bool is an int to Python, never to us
 _FAMILIES = {"bool": (bool, np.bool_), "int": (int, np.integer), "float": (float, np.floating), "utf8": str,
@@ -533,6 +536,8 @@ _FAMILIES = {"bool": (bool, np.bool_), "int": (int, np.integer), "float": (float
 def _build(values: list) -> Array:
     """Python values as an array of the type that is natural for them; any other type is a cast away."""
     kinds, n = set(map(type, values)) - {NoneType}, len(values)
+    if tensors := tuple(k for k in kinds if hasattr(k, "__array__") and not issubclass(k, (np.ndarray, np.generic))):
+        return _build([_as_numpy(v)[()] if isinstance(v, tensors) else v for v in values])      # [()]: a lone number
     families = {next((name for name, types in _FAMILIES.items() if issubclass(kind, types)), kind.__name__)
                 for kind in kinds}
     families = {"float"} if families == {"int", "float"} else families
@@ -859,9 +864,9 @@ class Column:
             picks = np.asarray(indices if hasattr(indices, "__array__") else list(indices))
             if picks.size and (picks.dtype.kind not in "iu" or picks.ndim != 1):
                 raise ValueError(f"select takes row numbers, not {picks.dtype}; for a mask there is filter")
-            picks = picks.astype(np.int64)
-            for bad in picks[(picks < -n) | (picks >= n)][:1].tolist():
+            for bad in picks[(picks < -n) | (picks >= n)][:1].tolist():     # of any integer type: 2**64 - 1 is not -1
                 raise IndexError(f"row {bad} of {n:,} rows")
+            picks = picks.astype(np.int64)
             picks = np.where(picks < 0, picks + n, picks)
             rows = picks + mine.start if isinstance(mine, range) else mine[picks]
         view = object.__new__(type(self))
@@ -998,10 +1003,12 @@ class Table(Column):
             start += len(a)
         return Table(schema, chunks)
 
-    def map(self, fn, batched: bool = False, batch_size: int = 1000, workers: int = 0, remove_columns=()) -> Table:
+    def map(self, fn, batched: bool = False, batch_size: int | None = 1000, workers: int = 0,
+            remove_columns=()) -> Table:
         """Merge what fn returns for a row, {column: value}, into the row. With batched=True fn takes and returns
-        {column: list}, and may change the number of rows if remove_columns names all that it leaves. workers: processes
-        (forked, so fn may be any function)."""
+        {column: list}, and may change the number of rows if remove_columns names all that it leaves. batch_size=None is
+        the whole table. workers: processes (forked, so fn may be any function)."""
+        batch_size = max(1, len(self)) if batch_size is None else batch_size
         job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
         if batch_size < 1 or workers < 0:
             raise ValueError(f"map: batch_size={batch_size} must be at least 1 and workers={workers} at least 0")
@@ -1028,7 +1035,14 @@ def _work(start: int) -> Table:
 def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], start: int) -> Table:
     part = table[start : start + size]
     rows = [part.to_pydict()] if batched else part.to_pylist()
-    results = [fn(dict(row)) for row in rows]
+    results = []
+    try:
+        for row in rows:
+            results.append(fn(dict(row)))
+    except Exception as error:
+        if hasattr(error, "add_note"):                  # from Python 3.11 on
+            error.add_note(f"map: row {start + len(results)}{' and those that follow it' * batched}")
+        raise
     for i, result in enumerate(results):
         if not isinstance(result, (dict, NoneType)):
             raise ValueError(f"map: row {start + i}: the function returned {type(result).__name__}; return a dict")
@@ -1038,7 +1052,8 @@ def _map_batch(table: Table, fn, batched: bool, size: int, removed: set[str], st
     kept = [name for name in old if name not in removed and name not in new]
     arrays = {name: part[name].combine() for name in kept}
     for name in new:
-        arrays[name] = array(merged[0][name] if batched else [row.get(name) for row in merged])
+        with _naming(f"map: column {name!r}: "):
+            arrays[name] = array(merged[0][name] if batched else [row.get(name) for row in merged])
         if name in old:
             with contextlib.suppress(ValueError):       # an int32 column stays one as long as its new values fit
                 arrays[name] = _cast(arrays[name], old[name].type)
@@ -1286,7 +1301,16 @@ def _assemble(kind: Type, n: int, nulls: int, buffer, child, view_buffers, dicti
         rows, children = n * kind.stride, [child(part) for part in kind.parts]
         _check(kind, all(len(c) >= rows for c in children))
         children = [c.pick(slice(0, rows)) if len(c) > rows else c for c in children]
+        if valid is not None and "dictionary" in kind.text:
+            children = [_below(c, np.repeat(valid, kind.stride)) for c in children]
     return Array(kind, n, data, children, valid)
+
+def _below(a: Array, valid: np.ndarray) -> Array:
+    """Below a null an index may be anything, also one of no value at all; so it is made null, too."""
+    if a.type.name == "dictionary":
+        return Array(a.type, len(a), a.data, a.children, a.present() & valid)
+    children = [_below(c, np.repeat(valid, a.type.stride)) for c in a.children] if a.type.stride else a.children
+    return Array(a.type, len(a), a.data, children, a.valid)
 
 def _from_views(kind: Type, views: np.ndarray, buffers: list[np.ndarray], valid) -> Array:
     """A view is a length, and then either up to 12 bytes or (4 bytes, buffer, position)."""

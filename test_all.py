@@ -357,6 +357,24 @@ def test_arrowlite_dictionaries_of_different_values_become_one(tmp_path):
     assert not (tmp_path / "u.arrow").exists()
 
 
+@pytest.mark.parametrize("below", [lambda c: pa.struct([("a", c)]), lambda c: pa.struct([("s", pa.struct([("a", c)]))]),
+                                   lambda c: pa.list_(c, 2), lambda c: pa.struct([("f", pa.list_(c, 1))])])
+def test_arrowlite_an_index_below_a_null_need_not_have_a_value(tmp_path, below):
+    there = pa.table({"x": pa.array([None, None], below(pa.dictionary(pa.int8(), pa.string())))})
+    save(there, tmp_path / "t.arrow")
+    for ours in (al.read(tmp_path / "t.arrow"), al.Table.from_arrow(there)):
+        al.write(ours, tmp_path / "u.arrow")
+        again = al.read(tmp_path / "u.arrow")
+        for table in (ours, ours.select([1, 0]), pa.table(ours), again, load(tmp_path / "u.arrow")):
+            assert table.to_pylist() == [{"x": None}, {"x": None}]
+    bad = pa.DictionaryArray.from_arrays(pa.array([1, 7], pa.int8()), ["u", "v"], safe=False)
+    hidden, seen = (al.array(pa.StructArray.from_arrays([bad], ["a"], mask=pa.array([not last, last])))
+                    for last in (True, False))
+    assert hidden.to_pylist() == [{"a": "v"}, None]
+    with pytest.raises(ValueError, match="outside of its data"):
+        seen.to_pylist()
+
+
 def test_arrowlite_a_dictionary_within_a_dictionary_is_read_and_not_written_wrongly(tmp_path):
     inner = pa.ListArray.from_arrays([0, 2, 3], pa.array(["a", "b", "a"]).dictionary_encode())
     table = pa.table({"c": pa.DictionaryArray.from_arrays([1, 0, 1], inner)})
@@ -837,9 +855,11 @@ def test_arrowlite_views_of_views_read_like_lists(tmp_path):
 def test_arrowlite_row_numbers_and_names_are_checked():
     table = al.Table.from_pylist(sample())
     for call in (lambda: table[50], lambda: table[-51], lambda: table["i"][50], lambda: table.select([50]),
-                 lambda: table.select([-51]), lambda: al.array([1])[1]):
+                 lambda: table.select([-51]), lambda: al.array([1])[1],
+                 lambda: table.select(np.array([2**64 - 1], "u8"))):
         with pytest.raises(IndexError, match="row -?5?1?0?.* of"):
             call()
+    assert table.select(np.array([49, 0], "u1"))["i"].to_pylist() == table["i"].to_pylist()[::-49]
     for call in (lambda: table["nope"], lambda: table.drop(["nope"]), lambda: table.rename({"nope": "x"}),
                  lambda: table.select_columns(["nope"]), lambda: table["s"].field("nope")):
         with pytest.raises(KeyError, match="no column 'nope'; there are: "):
@@ -1019,6 +1039,11 @@ def test_arrowlite_numpy_and_torch_go_in_and_out_with_their_dtypes():
     assert np.isnat(al.array([dt.datetime(2020, 1, 1), None]).to_numpy()[1])
     assert al.array(torch.arange(3)).type == "int64"
     assert al.array(torch.ones(2, 3)).type == "fixed_size_list<float32>[3]"
+    assert al.array([torch.ones(2), None, torch.ones(1)]).type == "list<float32>"
+    assert al.array([torch.tensor(1), torch.tensor(2)]).to_pylist() == [1, 2]
+    assert al.array([{"z": [torch.zeros(2, 1)]}]).to_pylist() == [{"z": [[[0.0], [0.0]]]}]
+    with pytest.raises(ValueError, match="BFloat16; convert"):
+        al.array([torch.ones(1, dtype=torch.bfloat16)])
     assert al.array([True, False]).to_torch().tolist() == [True, False]
     ragged = al.array([[1, 2], [], [3]]).to_torch()
     assert [t.tolist() for t in ragged] == [[1, 2], [], [3]]
@@ -1073,8 +1098,13 @@ def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_pat
     with pytest.raises(ValueError, match="row 5: .* returned int"):
         table.map(lambda row: 7 if row["x"] == 5 else None)
     for workers in (0, 2):
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as caught:
             table.map(lambda row: {"y": 1 // (row["x"] - 700)}, workers=workers)
+        assert getattr(caught.value, "__notes__", ["map: row 700"])[-1] == "map: row 700"
+    with pytest.raises(ValueError, match="map: column 'z': .* int and utf8"):
+        table.map(lambda row: {"z": row["x"] or "none"})
+    assert table.map(lambda b: {"n": [len(b["x"])] * 1200}, batched=True, batch_size=None)["n"][0] == 1200
+    assert len(table[:0].map(add, batch_size=None)) == 0
 
     class Odd(Exception):                                   # its pickle cannot be read
         def __init__(self, a, b):
