@@ -236,8 +236,9 @@ def _lines(path: str):
                 except (ValueError, TypeError, RecursionError) as error:
                     raise ValueError(f"{path}, line {i}: not a JSON object: {error}") from None
 
-def load_problems(data: str, split: str = "test") -> list[dict]:
-    """math500, gsm8k, or another data set of the hub; a file of that name comes first."""
+def load_problems(data: str, split: str = "test", columns: bool = False) -> list[dict]:
+    """math500, gsm8k, or another data set of the hub; a file of that name comes first. With their own `columns`, for
+    who grades by those, they need no answer."""
     lines = data.endswith((".jsonl", ".json"))
     if Path(data).is_file():
         rows = _lines(data) if lines else enumerate(al.read(data))
@@ -246,12 +247,12 @@ def load_problems(data: str, split: str = "test") -> list[dict]:
         rows = enumerate(datasets.load_dataset(*HUB.get(data, (data, None)), split=split))
     else:
         raise FileNotFoundError(f"there is no file {data}; pass math500, gsm8k, a .jsonl or Arrow file, or a hub id")
-    problems = [_problem(row, f"{data}, {'line' if lines else 'row'} {i}") for i, row in rows]
+    problems = [_problem(row, f"{data}, {'line' if lines else 'row'} {i}", columns) for i, row in rows]
     if not problems:
         raise ValueError(f"{data} has no rows")
     return problems
 
-def _problem(row: dict, where: str) -> dict:
+def _problem(row: dict, where: str, columns: bool) -> dict:
     """The shapes of MATH-500, MATH, GSM8K, DeepMath, {"prompt", "answer"}: which column is what, and where in it."""
     def first(*names) -> str:
         values = (row.get(name) for name in names)
@@ -260,11 +261,12 @@ def _problem(row: dict, where: str) -> dict:
     problem, answer = first("problem", "question", "prompt"), first("final_answer", "answer")
     answer = answer.rpartition("####")[2].strip() or answer                     # GSM8K: the working, then #### 18
     answer = extract(answer or first("solution")) or answer                     # MATH: the solution ends in a box
-    if not problem or not answer:
+    if not problem or not (answer or columns):
         raise ValueError(f"{where}: no {'answer' if problem else 'problem'} in its columns {', '.join(row)}; name the "
                          "one problem, question or prompt, the other final_answer, answer or (boxed) solution")
     level = re.sub(r"(?i)^level\s+", "", first("level", "difficulty"))
-    return {"problem": problem, "answer": answer, "subject": first("subject", "type"), "level": level}
+    found = {"problem": problem, "answer": answer, "subject": first("subject", "type"), "level": level}
+    return found | {"columns": row} if columns else found
 
 def chat_prompts(problems: list[dict], tokenizer) -> tuple[list[str], list[list[int]]]:
     """What a model is given for each problem: as text, and as tokens."""

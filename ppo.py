@@ -368,7 +368,7 @@ class Judge:
     def call(self, sample: dict) -> float:
         where = f"--reward {self.reward} on row {sample['row']} of --data ({sample['problem']!r:.80})"
         try:
-            reward = float(self.function(sample["response"], sample))
+            reward = float(self.function(sample["response"], sample.pop("columns", {}) | sample))
         except Exception as error:
             raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
         if not math.isfinite(reward):
@@ -858,7 +858,7 @@ def check(c: Config, mesh: Mesh) -> None:
 
 def load_prompts(c: Config, data: str) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(local_folder(c.model))
-    problems = load_problems(data, split="train" if data == c.data else "test")
+    problems = load_problems(data, "train" if data == c.data else "test", columns=c.reward != "math")
     texts, prompts = chat_prompts(problems, tokenizer)
     if len(problems) < c.batch and data == c.data:
         raise ValueError(f"{data} has {len(problems)} problems; take --batch {len(problems)} or less")

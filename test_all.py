@@ -7311,6 +7311,9 @@ def nan(response, row):
 
 def dies(response, row):
     os.kill(os.getpid(), 9)
+
+def own(response, row):
+    return row["weight"] + len(row["tests"]) + (row["problem"] == "hello")
 '''
 
 
@@ -7663,6 +7666,16 @@ def test_a_reward_file_is_a_module_like_any_other(tmp_path):
                                       "from beside_the_reward import half\n@dataclass\nclass Score:\n    x: float\n"
                                       "def score(response, row): return half(Score(len(response)).x)\n")
     assert ppo.load_function(f"{tmp_path}/math.py:score")("four", {}) == 2 and sys.modules["math"] is math
+
+
+def test_a_reward_sees_the_columns_of_its_row_which_needs_no_answer(vivid, task, tmp_path):
+    rows = [{"prompt": "hello", "weight": 0.5, "tests": ["a"] * (i % 3)} for i in range(4)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    ppo.train(short_run(vivid, task, tmp_path / "run", data=data, reward=f"{task}/rewards.py:own", steps=1))
+    table = ppo.arrowlite.read(tmp_path / "run" / "rollouts" / "000000.arrow")
+    assert [sample["reward"] for sample in table] == [1.5 + sample["row"] % 3 for sample in table]
+    with pytest.raises(ValueError, match="no answer in its columns"):
+        ppo.train(short_run(vivid, task, tmp_path / "other", data=data, reward="math"))
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(vivid, task, tmp_path):
