@@ -6931,10 +6931,10 @@ def objective_oracle(name, pi, prox, advantage, c):
         a = advantage[t]
         inside = torch.clamp(ratio, 1 - c.clip_low, 1 + c.clip_high)
         if name == "cispo":
-            out.append(-float(inside) * a * pi[t])
+            out.append(-inside.item() * a * pi[t])
             continue
-        surrogate = ratio * a if float(ratio * a) <= float(inside * a) else inside * a
-        if c.dual_clip and a < 0 and float(surrogate) < c.dual_clip * a:
+        surrogate = ratio * a if (ratio * a).item() <= (inside * a).item() else inside * a
+        if c.dual_clip and a < 0 and surrogate.item() < c.dual_clip * a:
             surrogate = torch.tensor(c.dual_clip * a, dtype=torch.float64)
         out.append(-surrogate)
     return out
@@ -6991,7 +6991,7 @@ def test_every_objective_has_the_value_and_gradient_of_its_formula(setting, how,
     loss, _ = ppo.policy_loss(ours["pi"], ours["entropy"], ours | {"mask": mask}, c)
     total = (loss * ppo.loss_weights(mask, how, 11)).sum()
     total.backward()
-    assert abs(float(total - want)) < LEAST
+    assert abs((total - want).item()) < LEAST
     got = [*ours["pi"].grad[mask].tolist(), *ours["entropy"].grad[mask].tolist()]
     assert max(abs(a - b) for a, b in zip(got, gradient)) < LEAST and len(got) == len(gradient)
     assert ours["pi"].grad[~mask].eq(0).all() and ours["entropy"].grad[~mask].eq(0).all()
