@@ -315,6 +315,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_se
         raise ValueError(f"head dim {dim} is not supported; take a multiple of 8 up to 256")
     if cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q
+    if len(cu_seqlens_q) != len(cu_seqlens_k) or k.shape != v.shape or not q.dtype == k.dtype == v.dtype:
+        raise ValueError("q and k need equally many sequences, k and v one shape, and all three one dtype")
     if not _on_triton(q, k):
         return flash_attention_reference(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, scale)
     max_q, max_k = (int(ends.diff().max()) if most is None else most
