@@ -26,7 +26,7 @@ score, sleep, wake), SamplingParams, RequestOutput, CompletionOutput.
     python engine.py --model Qwen/Qwen3-0.6B "Why is the sky blue?"
     torchrun --nproc-per-node 2 engine.py --tensor_parallel_size 2 --model Qwen/Qwen3-0.6B "Why is the sky blue?"
 """
-import itertools, json, math, random, sys, tempfile, time, weakref
+import itertools, json, math, random, sys, tempfile, threading, time, weakref
 from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -147,14 +147,11 @@ class Blocks:
         self.known: dict[tuple, int] = {}
         self.labels: list[tuple | None] = [None] * count            # page -> (its key in known, its name)
 
-    def key(self, prefix: int, tokens: list[int], start: int) -> tuple:
-        return prefix, tuple(tokens[start:start + self.size])
-
     def match(self, tokens: list[int]) -> tuple[list[int], int]:
         """Pages that hold the beginning of tokens, and the name of it. The last token is left to be computed."""
         pages, prefix = [], 0
         for start in range(0, len(tokens) - self.size, self.size):
-            if (page := self.known.get(self.key(prefix, tokens, start))) is None:
+            if (page := self.known.get((prefix, tuple(tokens[start:start + self.size])))) is None:
                 break
             pages.append(page)
             prefix = self.labels[page][1]
@@ -164,7 +161,7 @@ class Blocks:
         """The page holds tokens[start:start + size] after that prefix; gives the name of the longer one."""
         if not self.caching:
             return 0
-        key = self.key(prefix, tokens, start)
+        key = prefix, tuple(tokens[start:start + self.size])
         first = self.known.setdefault(key, page)        # if another page holds the same, that one is found
         if self.labels[first] is None:
             self.labels[first] = key, next(self.names)
@@ -243,8 +240,12 @@ class Scheduler:
             if self.blocks.free:
                 self.table[request.seat, len(request.pages)] = page = self.blocks.take()
                 request.pages.append(page)
-            elif self._preempt() is request:
-                return False
+            else:                                       # the youngest goes back to the front of the queue
+                self.remove(youngest := self.running[-1])
+                self.waiting.appendleft(youngest)
+                self.preemptions += 1
+                if youngest is request:
+                    return False
         # Full pages are remembered at once, before the step has run: it writes keys and values of a layer before it
         # reads them, so siblings in the same step may share them already.
         while (request.remembered + 1) * size <= min(end, len(request.tokens)):
@@ -261,13 +262,6 @@ class Scheduler:
             sampled.append(request.computed == request.total)
             request.total += sampled[-1]
         return sampled
-
-    def _preempt(self) -> Request:
-        """The youngest goes back to the front of the queue."""
-        self.remove(request := self.running[-1])
-        self.waiting.appendleft(request)
-        self.preemptions += 1
-        return request
 
     def remove(self, request: Request) -> None:
         """Takes it out, from where it waits or runs; its pages and its seat are free."""
@@ -534,7 +528,7 @@ class LLM:
     """Requests go in by generate, chat, stream or add_request, and each comes out once: finished or aborted. On a GPU
     the first run compiles kernels and records a graph for each batch size it meets: some 15 seconds. For
     tensor_parallel_size > 1 start the program on so many ranks by torchrun: each runs all of this, is told the same
-    and gets all outputs."""
+    and gets all outputs. Threads may share an engine: what changes its state holds the lock."""
 
     def __init__(self, model: str, *, tensor_parallel_size: int = 1, dtype: str | torch.dtype = "auto",
                  max_model_len: int | None = None, max_num_seqs: int = 512, max_num_batched_tokens: int = 16384,
@@ -556,7 +550,7 @@ class LLM:
         kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         _require(isinstance(kind, torch.dtype) and kind.is_floating_point, f"dtype = {dtype!r}: try auto or bfloat16")
         self.model = Qwen3.from_pretrained(folder, self.mesh, dtype=kind, sequence_parallel=False).requires_grad_(False)
-        self.config, self.eos, self.seed, self.weight_version = config, _end_tokens(folder, config), seed, 0
+        self.config, self.eos, self.seed, self.weight_version = config, _end_tokens(folder, config), int(seed), 0
         # Without a tokenizer prompts are token ids, and outputs have no text.
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder) if any(folder.glob("tokenizer*")) else None
         table = np.zeros([max_num_seqs, -(-self.max_model_len // block_size)], np.int32)
@@ -570,7 +564,7 @@ class LLM:
         self.under_way: Launch | None = None
         self.requests: dict[str, list[Request]] = {}                # what is in flight, by id
         self.finished: dict[str, RequestOutput] = {}                # what nobody has fetched yet
-        self.count, self.asleep = 0, False
+        self.count, self.asleep, self.lock = 0, False, threading.RLock()
 
     def _token_ids(self, prompt) -> tuple[str | None, list[int]]:
         given = prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt}
@@ -587,8 +581,8 @@ class LLM:
 
     def _requests(self, prompt, params: SamplingParams | None, number: int) -> list[Request]:
         """The n siblings of the number-th prompt, or a ValueError. Nothing is changed yet."""
-        params = SamplingParams() if params is None else params
-        _require(isinstance(params, SamplingParams), f"sampling_params has to be a SamplingParams, not {params!r:.80}")
+        _require(params is None or isinstance(params, SamplingParams), f"a SamplingParams, please, not {params!r:.80}")
+        params = replace(params or SamplingParams())    # what its owner does with it from now on changes no request
         text, ids = self._token_ids(prompt)
         _require(len(ids) < self.max_model_len, f"the prompt has {len(ids)} tokens, and max_model_len = "
                  f"{self.max_model_len} leaves no room for an answer; shorten it or raise max_model_len")
@@ -599,24 +593,28 @@ class LLM:
                  "max_tokens or raise num_gpu_blocks_override")
         _require(not params.stop or self.tokenizer is not None, "stop strings need a tokenizer; use stop_token_ids")
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos)
-        seed = _derived(self.seed, number) if params.seed is None else params.seed % 2**63
+        seed = _derived(self.seed, number) if params.seed is None else int(params.seed) % 2**63
         siblings: list[Request] = []
         siblings.extend(Request(str(number), text, list(ids), params, limit, stops, _derived(seed, i) if i else seed,
                                 siblings, Text(self.tokenizer, params.stop) if params.stop else None)
                         for i in range(params.n))
         return siblings
 
-    def _enqueue(self, siblings: list[Request]) -> str:
-        self.count += 1
-        self.requests[siblings[0].id] = siblings
-        self.scheduler.waiting.extend(siblings)
-        for request in [r for r in siblings if r.total == r.limit]:     # max_tokens = 0
-            self._finish(request, "length")
-        return siblings[0].id
+    def _enqueue(self, prompts: Sequence, params: Sequence) -> list[list[Request]]:
+        """The siblings of each prompt. If one prompt is refused, none is let in."""
+        with self.lock:
+            each = [self._requests(*pair, self.count + i) for i, pair in enumerate(zip(prompts, params))]
+            self.count += len(each)
+            self.requests |= {siblings[0].id: siblings for siblings in each}
+            for request in itertools.chain(*each):
+                self.scheduler.waiting.append(request)
+                if request.total == request.limit:                      # max_tokens = 0
+                    self._finish(request, "length")
+        return each
 
     def add_request(self, prompt, sampling_params: SamplingParams | None = None) -> str:
         """Its id. Some step() will return its output."""
-        return self._enqueue(self._requests(prompt, sampling_params, self.count))
+        return self._enqueue([prompt], [sampling_params])[0][0].id
 
     def get_tokenizer(self):
         return self.tokenizer
@@ -628,23 +626,23 @@ class LLM:
         """One step of the model for all requests in flight; returns those that are finished or aborted by now."""
         if self.requests:
             self._step()
-        outputs, self.finished = list(self.finished.values()), {}
-        return outputs
+        return [self.finished.pop(request_id) for request_id in list(self.finished)]
 
     def _step(self) -> None:
-        _require(not self.asleep, "the engine is asleep: call wake() first")
-        try:
-            batch, launched = self.scheduler.schedule(), None
-            if batch:
-                launched = self.runner.launch(batch)
-                launched.sampled = self.scheduler.advance(launched.batch)
-            if self.overlap:
-                launched, self.under_way = self.under_way, launched
-            self._absorb(launched)
-        except BaseException:               # nothing is lost: the same seeds and positions sample the same tokens
-            self.under_way = None
-            self.scheduler.retract()
-            raise
+        with self.lock:
+            _require(not self.asleep, "the engine is asleep: call wake() first")
+            try:
+                batch, launched = self.scheduler.schedule(), None
+                if batch:
+                    launched = self.runner.launch(batch)
+                    launched.sampled = self.scheduler.advance(launched.batch)
+                if self.overlap:
+                    launched, self.under_way = self.under_way, launched
+                self._absorb(launched)
+            except BaseException:               # nothing is lost: the same seeds and positions sample the same tokens
+                self.under_way = None
+                self.scheduler.retract()
+                raise
 
     def _absorb(self, launched: Launch | None) -> None:
         """Reads the tokens of a step. Who has ended by then is skipped: with overlap that is seen a step late."""
@@ -683,8 +681,9 @@ class LLM:
 
     def abort(self, request_id: str) -> None:
         """Ends a request in whatever state; the next step() returns what there is of it."""
-        for request in [r for r in self.requests.get(request_id, ()) if r.finish_reason is None]:
-            self._finish(request, "abort")
+        with self.lock:
+            for request in [r for r in self.requests.get(request_id, ()) if r.finish_reason is None]:
+                self._finish(request, "abort")
 
     def generate(self, prompts, sampling_params: SamplingParams | list[SamplingParams] | None = None,
                  use_tqdm: bool = True) -> list[RequestOutput]:
@@ -692,8 +691,7 @@ class LLM:
         prompts = _several(prompts)
         many = sampling_params if isinstance(sampling_params, (list, tuple)) else [sampling_params] * len(prompts)
         _require(len(many) == len(prompts), f"{len(prompts)} prompts and {len(many)} sampling_params")
-        checked = [self._requests(prompt, one, self.count + i) for i, (prompt, one) in enumerate(zip(prompts, many))]
-        ids, done = [self._enqueue(siblings) for siblings in checked], {}
+        ids, done = [siblings[0].id for siblings in self._enqueue(prompts, many)], {}
         try:
             with tqdm(total=len(ids), disable=not use_tqdm or self.mesh.tp_rank > 0, unit="request") as bar:
                 while True:
@@ -722,9 +720,8 @@ class LLM:
 
     def stream(self, prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """The text of one sample, piece by piece."""
-        siblings = self._requests(prompt, sampling_params, self.count)
-        _require(len(siblings) == 1 and self.tokenizer is not None, "stream wants n = 1 and a tokenizer")
-        request, request_id = siblings[0], self._enqueue(siblings)
+        _require(getattr(sampling_params, "n", 1) == 1 and bool(self.tokenizer), "stream wants n = 1 and a tokenizer")
+        [[request]] = self._enqueue([prompt], [sampling_params])
         request.reader = request.reader or Text(self.tokenizer, [])
         try:
             while request.finish_reason is None:
@@ -734,22 +731,24 @@ class LLM:
             if piece := request.reader.piece(self._text(request)):  # the rest, whoever took the step that ended it
                 yield piece
         finally:                                                    # also when nobody wants the rest
-            self.abort(request_id)
-            self.finished.pop(request_id, None)
+            self.abort(request.id)
+            self.finished.pop(request.id, None)
 
     def update_weights(self, source, version: int | None = None, mode: str = "retract") -> None:
         """New weights, in place, so that graphs stay valid: from a model directory or a mapping of Hugging Face's
         names to tensors or arrays. What the cache holds is forgotten. Requests in flight keep their tokens and go on
         under the new weights ("retract"), or end as they are ("abort"). The version goes with every token from here."""
         _require(mode in ("retract", "abort"), f"mode = {mode!r}: take 'retract' or 'abort'")
+        _require(version is None or _whole(version), f"{version = }: take an integer")
         _require(isinstance(source, (str, Path, Iterable)), f"weights are a folder or a mapping, not {source!r:.80}")
         weights = dict(read_folder(local_folder(source)) if isinstance(source, (str, Path)) else source)
         _require(all("float" in str(getattr(x, "dtype", "")) for x in weights.values()), "weights have to be floats")
-        self._settle()                                              # not before all of them are at hand
-        self.model.load_hf(weights)
-        self.weight_version = self.weight_version + 1 if version is None else version
-        for request_id in list(self.requests) if mode == "abort" else ():
-            self.abort(request_id)
+        with self.lock:                                             # not before all of them are at hand
+            self._settle()
+            self.model.load_hf(weights)
+            self.weight_version = self.weight_version + 1 if version is None else int(version)
+            for request_id in list(self.requests) if mode == "abort" else ():
+                self.abort(request_id)
 
     def _settle(self) -> None:
         """Reads what is under way, and has all requests start over: nothing in the cache counts any more."""
@@ -759,9 +758,10 @@ class LLM:
 
     def sleep(self) -> None:
         """Gives the memory of cache and graphs back; requests in flight keep their tokens and go on after wake()."""
-        self._settle()
-        self.runner.free()
-        self.asleep = True
+        with self.lock:
+            self._settle()
+            self.runner.free()
+            self.asleep = True
 
     def wake(self) -> None:
         if self.asleep:
@@ -776,7 +776,8 @@ class LLM:
         _require(all(len(text) <= self.max_model_len for text in texts), "a text is longer than max_model_len")
         ends = itertools.accumulate(map(len, texts))                # in groups of about the tokens of a step
         groups = itertools.groupby(zip(texts, ends), lambda pair: pair[1] // self.scheduler.budget)
-        return [row for _, group in groups for row in self.runner.score([text for text, _ in group], temperature)]
+        with self.lock:
+            return [row for _, group in groups for row in self.runner.score([text for text, _ in group], temperature)]
 
 # --- the demo, the terminal, the benchmark ---------------------------------------------------------------------------
 
@@ -858,9 +859,8 @@ def theirs(folder: str, prompts: list, params: list[SamplingParams]) -> tuple[in
     if gpu:
         call = partial(model.generate_batch, inputs=prompts, generation_config=settings)
         return settings.max_new_tokens * len(prompts), timed(call)
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+    ids, seen = pad([*map(torch.tensor, prompts)]), pad([torch.ones(len(prompt), dtype=int) for prompt in prompts])
     return sum(lengths), timed(partial(model.generate, ids, attention_mask=seen, generation_config=settings))
 
 def benchmark() -> None:

@@ -3651,6 +3651,8 @@ def test_packed_documents_do_not_see_each_other():
 @pytest.mark.parametrize("call,sentence", [
     (lambda: K.flash_attention(*qkv(5, 2, 64, [3]), ends([3])), "5 query heads cannot share 2 key heads"),
     (lambda: K.flash_attention(*qkv(2, 2, 65, [3]), ends([3])), "head dim 65"),
+    (lambda: K.flash_attention(*qkv(2, 2, 64, [9]), ends([4, 5]), ends([9]), 5, 9), "equally many sequences"),
+    (lambda: K.flash_attention(*qkv(2, 2, 64, [9])[:2], qkv(2, 2, 64, [8])[2], ends([9])), "k and v one shape"),
     (lambda: K.paged_attention(*paged(1, 3, 2, 64, 16, [5])), "3 heads of 64 .* 2 of 64"),
     (lambda: K.paged_attention(randn(1, 2, 32), *paged(1, 2, 2, 64, 16, [5])[1:]), "2 heads of 32 .* 2 of 64"),
     (lambda: K.rms_norm(randn(3, 64), randn(32)), "weight must be as wide"),
@@ -4907,8 +4909,7 @@ def test_partial_hits_after_eviction_are_right(tiny):
 def test_colliding_hashes_are_told_apart(tiny, monkeypatch):
     class Same(tuple):
         __hash__ = lambda self: 7                                                                   # noqa: E731
-    honest = E.Blocks.key
-    monkeypatch.setattr(E.Blocks, "key", lambda self, *args: Same(honest(self, *args)))
+    monkeypatch.setattr(E, "tuple", Same, raising=False)               # of which keys are made
     engine = LLM(tiny, max_model_len=128, block_size=4)
     alone = LLM(tiny, max_model_len=128, enable_prefix_caching=False)
     prompts = [[i % 3] * 9 + [i % 2] * 9 for i in range(12)]
@@ -5026,6 +5027,42 @@ def test_without_a_seed_every_request_has_another_and_the_engine_s_seed_decides(
     a, b = serve(first, [prompt] * 4, SamplingParams(**FULL)), serve(second, [prompt] * 4, SamplingParams(**FULL))
     assert tokens_of(a) == tokens_of(b) and len({tuple(x[0]) for x in tokens_of(a)}) == 4
     assert tokens_of(a) != tokens_of(serve(other, [prompt] * 4, SamplingParams(**FULL)))
+
+
+def test_threads_share_an_engine(tiny):
+    """Calls from several threads run in one batch, and each gets its own tokens."""
+    llm, params = LLM(tiny, max_model_len=128), SamplingParams(seed=1, max_tokens=12)
+    prompts, found = [[i, i + 1, i + 2] for i in range(6)], {}
+    want = [one["token_ids"] for one in llm.generate(prompts, params, False)]
+
+    def ask(name):
+        found[name] = [one["token_ids"] for one in llm.generate(prompts, params, False)]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == {0: want, 1: want, 2: want} and not llm.has_unfinished()
+
+
+def test_settings_are_those_of_the_moment_they_were_given(tiny):
+    llm, params = LLM(tiny, max_model_len=128), SamplingParams(temperature=0.0, max_tokens=8, seed=np.int64(5))
+    want = llm.generate([65, 66, 67], params, False)[0]["token_ids"]
+    first = llm.add_request([65, 66, 67], params)
+    params.temperature, params.top_k, params.stop_token_ids = 1.5, 3, list(range(64))
+    llm.add_request([65, 66, 67], params)
+    outputs = {output.request_id: output for _ in range(12) for output in llm.step()}
+    assert outputs[first]["token_ids"] == want
+    params.n = 0
+    with pytest.raises(ValueError, match="n = 0"):
+        llm.generate([65, 66, 67], params, False)
+    with pytest.raises(ValueError, match="version"):
+        llm.update_weights({}, version="step-1")
+    again = SamplingParams(max_tokens=8)
+    seeded = [LLM(tiny, max_model_len=128, seed=seed).generate([1, 2], again, False)[0]["token_ids"]
+              for seed in (3, np.int64(3))]
+    assert seeded[0] == seeded[1]
 
 
 def test_prompts_come_as_text_ids_or_dicts_and_outputs_read_either_way(llm):
