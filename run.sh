@@ -22,13 +22,14 @@ usage: bash run.sh [STAGE] [NAME=VALUE ...]
   GPUS=8      how many to use; by default all. With DEVICE=cpu, processes in their place (2)
   DEVICE=cpu  the default where there is no GPU; then a tiny model learns to add, unless MODEL names another
   MODEL=      a model directory or hub id                 (Qwen/Qwen3-0.6B-Base)
-  OUT=        where everything goes, from this folder     (runs/gpu or runs/cpu)
+  OUT=        where everything goes                       (runs/gpu or runs/cpu)
   SFT_DATA=   problems with solutions: .jsonl, hub id     (NotASI/NuminaMath-CoT-Small-Hard-200k)
   RL_DATA=    problems with answers                       (zwhe99/DeepMath-103K)
   TEST_DATA=  those that are asked in the end             (math500)
   SFT_STEPS=, PPO_STEPS=      fewer steps than there are by default
   SFT_FLAGS=, PPO_FLAGS=, EVAL_FLAGS=     further flags of sft.py, ppo.py, evaluate.py: PPO_FLAGS="--advantage grpo"
 
+Paths are seen from this folder. What OUT was begun with (MODEL, SFT_DATA, RL_DATA) need not be said again.
 Everything is installed into the active virtual environment, or else into .venv, which is made if need be.
 TEXT
 }
@@ -97,6 +98,22 @@ stage() {       # stage NAME COMMAND...: run it, and name it if it fails
 
 # --- the pipeline: what runs where; a model is there when its weights are, which come last and whole ---
 
+record() {      # record NAME...: what OUT has was made from these
+    local name
+    for name; do echo "$name=${!name}" >>"$OUT/settings"; done
+}
+
+recall() {      # from there; other data, or another model, would be taken for what OUT has already
+    local name was
+    while IFS== read -r name was; do
+        if [[ ${!name:-$was} != "$was" ]]; then
+            echo "run.sh: $OUT was begun with $name=$was; take another OUT for ${!name}" >&2
+            return 2
+        fi
+        [[ $was == "$OUT"/* ]] || declare -g "$name=$was"
+    done <"$OUT/settings"
+}
+
 settle() {      # devices and sizes, from what the machine has and what the caller said
     local gpus
     gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
@@ -113,9 +130,14 @@ settle() {      # devices and sizes, from what the machine has and what the call
         export CUDA_VISIBLE_DEVICES
     fi
     OUT=${OUT:-runs/$([[ $DEVICE == cuda ]] && echo gpu || echo cpu)}
-    mkdir -p "$OUT"
+    mkdir -p "$OUT" || return 1
+    if [[ -f $OUT/settings ]]; then recall || return 2; fi
     sums=$([[ $DEVICE == cpu && -z ${MODEL:-} ]] && echo yes || true)       # a tiny model that learns to add
     if [[ -n $sums ]]; then
+        if [[ -n ${SFT_DATA:-}${RL_DATA:-}${TEST_DATA:-} ]]; then
+            echo "run.sh: without a GPU and a MODEL, a tiny model learns sums of its own; say MODEL= to use other data" >&2
+            return 2
+        fi
         MODEL=$OUT/base SFT_DATA=$OUT/solutions.jsonl PROBLEMS=$OUT/solutions.jsonl TEST_DATA=$OUT/test.jsonl
         sft_flags=(--batch 16 --steps "${SFT_STEPS:-600}" --lr 3e-3 --min_lr 3e-4 --warmup 0.05 --max_tokens 4096
                    --log_every 100)
@@ -129,9 +151,9 @@ settle() {      # devices and sizes, from what the machine has and what the call
         ppo_flags=(${PPO_STEPS:+--steps "$PPO_STEPS"})
         eval_flags=(--n 4)
     fi
-    read -ra more <<<"${SFT_FLAGS:-}" && sft_flags+=("${more[@]}")
-    read -ra more <<<"${PPO_FLAGS:-}" && ppo_flags+=("${more[@]}")
-    read -ra more <<<"${EVAL_FLAGS:-}" && eval_flags+=("${more[@]}")
+    read -rd '' -a more <<<"${SFT_FLAGS:-}" || sft_flags+=("${more[@]}")       # 1 is the end of what it reads
+    read -rd '' -a more <<<"${PPO_FLAGS:-}" || ppo_flags+=("${more[@]}")
+    read -rd '' -a more <<<"${EVAL_FLAGS:-}" || eval_flags+=("${more[@]}")
     if [[ $DEVICE == cpu ]]; then
         eval_flags+=(--device cpu)
     fi
@@ -163,10 +185,16 @@ make_data() {
         [[ -f $SFT_DATA ]] || python evaluate.py arithmetic --n 10000 --boxed 0.5 --out "$SFT_DATA" || return 1
         [[ -f $TEST_DATA ]] || python evaluate.py arithmetic --n 200 --seed 1 --held-out --out "$TEST_DATA" || return 1
     fi
-    [[ -f $OUT/sft.arrow ]] || python sft.py prepare --data "$SFT_DATA" --model "$MODEL" --out "$OUT/sft.arrow" ||
-        { without_a_hub SFT_DATA "$SFT_DATA"; return 1; }
-    [[ -f $PROBLEMS ]] || python evaluate.py problems --data "$RL_DATA" --model "$MODEL" --out "$PROBLEMS" ||
-        { without_a_hub RL_DATA "$RL_DATA"; return 1; }
+    if [[ ! -f $OUT/sft.arrow ]]; then
+        python sft.py prepare --data "$SFT_DATA" --model "$MODEL" --out "$OUT/sft.arrow" ||
+            { without_a_hub SFT_DATA "$SFT_DATA"; return 1; }
+        record MODEL SFT_DATA
+    fi
+    if [[ ! -f $PROBLEMS ]]; then
+        python evaluate.py problems --data "$RL_DATA" --model "$MODEL" --out "$PROBLEMS" ||
+            { without_a_hub RL_DATA "$RL_DATA"; return 1; }
+        record RL_DATA
+    fi
     python -c 'import evaluate, sys; evaluate.load_problems(sys.argv[1])' "$TEST_DATA" ||
         { without_a_hub TEST_DATA "$TEST_DATA"; return 1; }
 }
@@ -175,14 +203,20 @@ without_a_hub() {
     echo "run.sh: if the hub cannot be reached, save $2 as a .jsonl file (a row a line) and say $1=that/file.jsonl" >&2
 }
 
+needs() {       # needs FILE STAGE
+    [[ -f $1 ]] || { echo "run.sh: there is no $1, which the stage '$2' makes; run that first" >&2; return 1; }
+}
+
 run_sft() {
     [[ -f $OUT/sft-model/model.safetensors ]] && { echo "$OUT/sft-model is there"; return; }
+    needs "$OUT/sft.arrow" data || return 1
     launch "$GPUS" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" --device "$DEVICE" --resume \
         $(layout "$GPUS") "${sft_flags[@]}" && python parallel.py merge "$OUT/sft" "$OUT/sft-model"
 }
 
 run_ppo() {     # half of the GPUs train, the others generate; a single one does both
     [[ -f $OUT/ppo-model/model.safetensors ]] && { echo "$OUT/ppo-model is there"; return; }
+    needs "$PROBLEMS" data && needs "$OUT/sft-model/model.safetensors" sft || return 1
     local trainers=$((GPUS > 1 ? GPUS / 2 : 1)) generators=()
     if [[ $DEVICE == cpu ]]; then generators=(--generators $((GPUS - trainers > 0 ? GPUS - trainers : 1))); fi
     launch "$trainers" ppo.py --model "$OUT/sft-model" --data "$PROBLEMS" --eval_data "$TEST_DATA" --out "$OUT/ppo" \
@@ -235,9 +269,16 @@ run_tests() {
     stage tests python -m pytest "${select[@]}" "$@"
 }
 
-words=()
+words=() names=" GPUS DEVICE MODEL OUT SFT_DATA RL_DATA TEST_DATA SFT_STEPS PPO_STEPS SFT_FLAGS PPO_FLAGS EVAL_FLAGS "
 for word in "$@"; do
-    if [[ $word =~ ^[A-Z_]+= && ${words[0]:-} != test ]]; then export "${word?}"; else words+=("$word"); fi
+    if [[ ${words[0]:-} == test || ! $word =~ ^[A-Z_]+= ]]; then
+        words+=("$word")
+    elif [[ $names == *" ${word%%=*} "* ]]; then
+        export "${word?}"
+    else
+        echo "run.sh: there is no setting ${word%%=*}; there are$names" >&2
+        exit 2
+    fi
 done
 set -- "${words[@]}"
 
@@ -255,6 +296,7 @@ case "${1:-pipeline}" in
         run_demo "$@"
         ;;
     pipeline | model | data | sft | ppo | evaluate)
+        [[ $# -lt 2 ]] || { echo "run.sh: one stage at a time; '$2' is one too many" >&2; exit 2; }
         stage setup setup
         settle || exit
         case "${1:-pipeline}" in

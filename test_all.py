@@ -7892,6 +7892,22 @@ def test_run_sh_takes_a_model_through_every_stage_over_eight_processes_and_does_
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
 
 
+def test_run_sh_keeps_to_the_data_and_the_model_that_a_folder_was_begun_with(tmp_path):
+    for name in "ab":
+        P.tiny_model(tmp_path / name)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"problem": f"{i}+1=?", "solution": f"{i + 1}", "answer": str(i + 1)}) + "\n"
+                            for i in range(40)))
+    out, data = f"OUT={tmp_path}/out", [f"{name}={rows}" for name in ("SFT_DATA", "RL_DATA", "TEST_DATA")]
+    begun = pipeline("data", out, f"MODEL={tmp_path}/a", *data)
+    assert begun.returncode == 0, begun.stderr
+    for other in (f"MODEL={tmp_path}/b", "SFT_DATA=other.jsonl", "RL_DATA=other.jsonl"):
+        refused = pipeline("sft", out, other)
+        assert refused.returncode == 2 and f"was begun with {other.split('=')[0]}={tmp_path}" in refused.stderr
+    again = pipeline("model", out)                                      # and they need not be said again
+    assert again.returncode == 0 and f"the model is in {tmp_path}/a" in again.stdout
+
+
 def test_run_sh_says_what_to_download_and_what_cannot_be(tmp_path):
     no_model = pipeline("model", f"OUT={tmp_path}", "MODEL=someone/something")
     assert no_model.returncode == 1 and "stage 'model' failed" in no_model.stderr
@@ -7899,6 +7915,12 @@ def test_run_sh_says_what_to_download_and_what_cannot_be(tmp_path):
     P.tiny_model(tmp_path / "base")
     no_data = pipeline("data", f"OUT={tmp_path}", f"MODEL={tmp_path}/base", "SFT_DATA=someone/something")
     assert no_data.returncode == 1 and "SFT_DATA=that/file.jsonl" in no_data.stderr
+    no_stage = pipeline("sft", f"OUT={tmp_path}", f"MODEL={tmp_path}/base")
+    assert no_stage.returncode == 1 and "run that first" in no_stage.stderr and "Traceback" not in no_stage.stderr
+    for words, says in ((("sft", "ppo"), "one stage at a time"), (("model", "GPU=1"), "there is no setting GPU;"),
+                        (("model", f"OUT={tmp_path}", "SFT_DATA=x.jsonl"), "say MODEL= to use other data")):
+        refused = pipeline(*words)
+        assert refused.returncode == 2 and says in refused.stderr, refused.stderr
     for wrong in ("GPUS=0", "GPUS=many", "DEVICE=tpu", "DEVICE=cuda"):
         refused = pipeline("model", f"OUT={tmp_path}", wrong)
         assert refused.returncode == 2 and "GPUS at least 1" in refused.stderr, wrong
