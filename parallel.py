@@ -863,12 +863,15 @@ def tiny_model(folder: str | Path, seed: int = 0, **overrides) -> Path:
 # layout that wrote it.
 
 def _beside(folder: Path) -> tuple[Path, Path]:
+    folder = folder.resolve()               # a link stays where it is, and its folder is replaced
     return folder.parent / f".{folder.name}.new", folder.parent / f".{folder.name}.old"
 
 def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state: dict | None = None) -> Path:
     """Write a checkpoint; all ranks call this. `state` is rank 0's: numbers, strings, lists, dicts and tensors. It
     appears whole or not at all; if it replaces another of that name, that one is there until this one is."""
-    mesh, folder = model.mesh, Path(folder)
+    mesh, given, folder = model.mesh, Path(folder), Path(folder).resolve()
+    if folder == Path.cwd():
+        raise ValueError(f"{folder} is the working directory, which cannot be replaced; save to a folder in it")
     if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists():
         raise ValueError(f"{folder} is something else than a checkpoint; save to a new folder")
     new, old = _beside(folder)
@@ -913,7 +916,7 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    return folder
+    return given
 
 class Checkpoint:
     """What is in a folder: `about` it, and in which of its files each tensor is, by kind/name."""

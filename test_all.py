@@ -4694,6 +4694,23 @@ def test_checkpoints_are_found_in_the_working_directory(tmp_path, monkeypatch):
     assert P.latest(".") == Path("step-1") and P.load(".", model, optimizer) == {"step": 1}
 
 
+def test_a_link_to_a_folder_stays_one_and_is_saved_to_again(tmp_path, monkeypatch):
+    model, optimizer = _alone()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "run")           # of a folder that is not there yet
+    for step in range(3):
+        assert P.save(tmp_path / "link", model, optimizer, {"step": step}) == tmp_path / "link"
+        assert P.load(tmp_path / "link", model, optimizer) == {"step": step} and (tmp_path / "link").is_symlink()
+        assert [x.name for x in (tmp_path / "disk").iterdir()] == ["run"]
+    (tmp_path / "disk" / "run").rename(tmp_path / "disk" / ".run.old")  # as a kill within save leaves it
+    assert P.load(tmp_path / "link", model, optimizer) == {"step": 2}
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(ValueError, match="working directory"):          # which would be moved away under our feet
+        P.save(".", model)
+    assert P.save("run", model) == Path("run") and os.listdir() == ["run"]
+
+
 @pytest.mark.parametrize("text", ["[]", "3", "{}", '{"saved": 1, "dp": null, "pp": 1, "tp": 1}', "not json"])
 def test_a_spoilt_description_of_a_checkpoint_is_passed_over(text, tmp_path):
     model, _ = _alone()
