@@ -738,12 +738,22 @@ def run(model: Qwen3, batches: list[dict], loss: Callable, schedule: str = "1f1b
 
 # --- the optimizer: AdamW, each dp rank on its shard -----------------------------------------------------------------
 
+def _check_settings(end: float, **settings: float) -> None:
+    for name, value in settings.items():
+        if not 0 <= value < end:            # NaN neither
+            raise ValueError(f"{name} is {value}; choose 0 <= {name} < {end}")
+
 class AdamW:
     """ZeRO-1 (arXiv 1910.02054): fp32 parameters, both moments and the work are split over dp. Stage 2 would drop
     bucket.total after its reduce, and stage 3 bucket.flat after its use: they stay, as 8 GPUs have room for them, and
     making them anew would cost a reduce or a gather a micro-batch."""
     def __init__(self, model: Qwen3, lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.0, clip: float | None = None):
+        _check_settings(math.inf, lr=lr, eps=eps, weight_decay=weight_decay)
+        for beta in betas:
+            _check_settings(1, betas=beta)
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip is {clip}; choose a norm above 0, or None to clip nothing")
         self.model, self.lr, self.clip, self.steps, self.state = model, lr, clip, 0, []
         self.settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
         self.zero_grad = model.zero_grad
@@ -757,13 +767,15 @@ class AdamW:
     def step(self, lr: float | None = None) -> Tensor:
         """Returns the norm of the gradients before clipping, on the GPU, so that nothing here waits for it: float(norm)
         does. If it is not finite nothing is changed (but the count of steps)."""
+        lr = self.lr if lr is None else lr
+        _check_settings(math.inf, lr=lr)
         self.model.finish_gradients()
         self.steps += 1
         norm, limit, works = self.grad_norm(), math.inf if self.clip is None else self.clip, []
         scale = torch.where(norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1), math.nan)    # NaN: steps do nothing
         for bucket, state in zip(self.model.buckets, self.state):
-            adamw_step(bucket.flat[bucket.shard], *state.values(), bucket.shard_total, self.steps,
-                       self.lr if lr is None else lr, grad_scale=scale, **self.settings)
+            adamw_step(bucket.flat[bucket.shard], *state.values(), bucket.shard_total, self.steps, lr,
+                       grad_scale=scale, **self.settings)
             if bucket.mesh.dp > 1:
                 works.append(bucket.gather(bucket.flat, bucket.flat[bucket.shard]))     # while the next is stepped
         for work in works:

@@ -4438,6 +4438,21 @@ def test_a_model_of_which_a_part_is_frozen_is_refused():
     assert optimizer.steps == 0
 
 
+@pytest.mark.parametrize("settings", [
+    dict(lr=-1e-3), dict(lr=math.nan), dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1e-8),
+    dict(weight_decay=-0.1), dict(weight_decay=math.nan), dict(clip=0.0), dict(clip=-1.0), dict(clip=math.nan)], ids=str)
+def test_settings_of_adamw_that_make_no_sense_are_refused(settings):
+    model, name = P.Qwen3(small_config(), P.Mesh(device="cpu")), next(iter(settings))
+    with pytest.raises(ValueError, match=f"{name} is .*choose"):
+        P.AdamW(model, **settings)
+    assert model.queue is None                                          # nothing has begun
+    optimizer = P.AdamW(model, lr=0, betas=(0, 0), eps=0, clip=None)
+    if name == "lr":
+        with pytest.raises(ValueError, match="lr is .*choose"):
+            optimizer.step(**settings)
+        assert optimizer.steps == 0 and model.queue is not None
+
+
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
     model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
     optimizer, before = P.AdamW(model), parameters(model)
