@@ -470,6 +470,15 @@ class Qwen3(nn.Module):
         if seed is not None:
             self.load_hf((spec.name, initial(spec, config, seed)) for spec in self.specs if spec.name in self.mine)
 
+    def _apply(self, fn, recurse=True):     # of double(), to(...) and the like
+        flat = self.buckets[0].flat
+        if fn(flat[:1]).data_ptr() != flat.data_ptr():
+            raise ValueError("parameters cannot leave their buckets; give dtype= and device= to Qwen3 instead")
+        return super()._apply(fn, recurse)
+
+    def __deepcopy__(self, memo):
+        raise ValueError("make another Qwen3(config, mesh), and copy with its load_hf(model.hf_tensors())")
+
     def stage_of(self, layer: int) -> int:
         """Of a layer, or of what is before or after them. The last stage, with the head, has no more than others."""
         layers = self.config.num_hidden_layers
@@ -691,6 +700,8 @@ def run(model: Qwen3, batches: list[dict], loss: Callable, schedule: str = "1f1b
     rank, pp, live, results, prepared = model.mesh.pp_rank, model.mesh.pp, {}, [], []
     for batch in batches:
         ends, tokens = batch["cu_seqlens"], len(batch["tokens"])
+        if not isinstance(ends, Tensor) or ends.dim() != 1 or len(ends) < 2:
+            raise ValueError(f"cu_seqlens is {ends}; it has to be a tensor [0, ..., {tokens}] of where documents end")
         edges = [] if ends.is_cuda else ends.tolist()                       # best on the CPU: nobody waits for it
         if [0, *edges, tokens] != sorted([0, *edges, tokens]):
             raise ValueError(f"cu_seqlens {edges} must go up, from 0 at the least to at most the {tokens} tokens")
@@ -698,6 +709,10 @@ def run(model: Qwen3, batches: list[dict], loss: Callable, schedule: str = "1f1b
         if longest > model.config.max_position_embeddings:
             raise ValueError(f"a document has {longest} tokens, and the model {model.config.max_position_embeddings} "
                              "positions; cut it, or leave it out")
+        for key, end in (("tokens", model.config.vocab_size), ("positions", model.config.max_position_embeddings)):
+            x = batch[key]                  # on a GPU this would wait for it
+            if not x.is_cuda and len(x) and not 0 <= x.min() <= x.max() < end:
+                raise ValueError(f"{key} go from {x.min()} to {x.max()}, and those of the model from 0 to {end - 1}")
         batch = {key: _moved(x, model.device) for key, x in batch.items()}
         prepared.append((batch, packed(batch["cu_seqlens"], longest, covered)))
     if backward:
@@ -738,9 +753,10 @@ def run(model: Qwen3, batches: list[dict], loss: Callable, schedule: str = "1f1b
 
 # --- the optimizer: AdamW, each dp rank on its shard -----------------------------------------------------------------
 
-def _check_settings(end: float, **settings: float) -> None:
+def _check_settings(**settings: float) -> None:
     for name, value in settings.items():
-        if not 0 <= value < end:            # NaN neither
+        end = 1 if "beta" in name else math.inf
+        if not 0 <= value < end:            # nor NaN
             raise ValueError(f"{name} is {value}; choose 0 <= {name} < {end}")
 
 class AdamW:
@@ -749,9 +765,7 @@ class AdamW:
     making them anew would cost a reduce or a gather a micro-batch."""
     def __init__(self, model: Qwen3, lr: float = 1e-5, betas: tuple[float, float] = (0.9, 0.95), eps: float = 1e-8,
                  weight_decay: float = 0.0, clip: float | None = None):
-        _check_settings(math.inf, lr=lr, eps=eps, weight_decay=weight_decay)
-        for beta in betas:
-            _check_settings(1, betas=beta)
+        _check_settings(lr=lr, beta1=betas[0], beta2=betas[1], eps=eps, weight_decay=weight_decay)
         if clip is not None and not clip > 0:
             raise ValueError(f"clip is {clip}; choose a norm above 0, or None to clip nothing")
         self.model, self.lr, self.clip, self.steps, self.state = model, lr, clip, 0, []
@@ -768,7 +782,7 @@ class AdamW:
         """Returns the norm of the gradients before clipping, on the GPU, so that nothing here waits for it: float(norm)
         does. If it is not finite nothing is changed (but the count of steps)."""
         lr = self.lr if lr is None else lr
-        _check_settings(math.inf, lr=lr)
+        _check_settings(lr=lr)
         self.model.finish_gradients()
         self.steps += 1
         norm, limit, works = self.grad_norm(), math.inf if self.clip is None else self.clip, []

@@ -6,6 +6,7 @@ bash run.sh test all        and what takes minutes or gigabytes
 import asyncio
 import builtins
 import contextlib
+import copy
 import ctypes
 import datetime as dt
 import functools
@@ -4428,6 +4429,42 @@ def test_documents_that_do_not_lie_in_the_tokens_are_refused():
             P.run(model, [batch | {"cu_seqlens": torch.tensor(edges, dtype=torch.int32)}], make_loss([batch]))
 
 
+def _foreign_tokens():
+    """What run says to ids and positions that are in no table, and to ends that are none."""
+    mesh = P.init(tp=dist.get_world_size()) if dist.is_initialized() else P.Mesh(device="cpu")
+    model, batch, said = P.Qwen3(small_config(), mesh), dealt(1)[0][0], []
+    for key, at, value in (("tokens", 3, 101), ("tokens", 0, -1), ("positions", 2, -1), ("positions", 2, 64)):
+        wrong = batch[key].clone()
+        wrong[at] = value
+        said.append((batch | {key: wrong}, f"{key} .* to {value}" if value > 0 else f"{key} .* {value} to"))
+    said += [(batch | {"cu_seqlens": ends}, "cu_seqlens") for ends in (torch.tensor([0]), [0, 4], torch.tensor(4))]
+    for wrong, words in said:
+        with pytest.raises(ValueError, match=words):
+            P.run(model, [wrong], make_loss([batch]))
+    none = {key: x[:0] for key, x in batch.items()} | {"cu_seqlens": torch.zeros(2, dtype=torch.int32)}
+    assert model.queue is None and len(P.run(model, [batch, none], make_loss([batch]))) == 2
+
+
+def test_tokens_and_positions_outside_their_tables_are_refused():
+    _foreign_tokens()
+    on_ranks(2, _foreign_tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_is_not_taken_out_of_its_buckets(dtype):
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=dtype)
+    optimizer, before = P.AdamW(model, lr=1e-2), parameters(model)
+    for change in (lambda: model.double(), lambda: model.to(torch.float16), lambda: model.to("meta"),
+                   lambda: model.to_empty(device="cpu"), lambda: copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="Qwen3"):
+            change()
+    assert model.to(dtype) is model and model.cpu() is model and model.to("cpu", dtype) is model
+    P.run(model, dealt(1)[0], make_loss(dealt(1)[0]))
+    optimizer.step()
+    assert all(not torch.equal(before[name], x) for name, x in parameters(model).items())
+    assert all(p.data_ptr() == p.bucket.flat[p.where].data_ptr() for p in model.parameters())
+
+
 def test_a_model_of_which_a_part_is_frozen_is_refused():
     model = P.Qwen3(small_config(), P.Mesh(device="cpu"))
     optimizer = P.AdamW(model)
@@ -4440,10 +4477,11 @@ def test_a_model_of_which_a_part_is_frozen_is_refused():
 
 @pytest.mark.parametrize("settings", [
     dict(lr=-1e-3), dict(lr=math.nan), dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1e-8),
-    dict(weight_decay=-0.1), dict(weight_decay=math.nan), dict(clip=0.0), dict(clip=-1.0), dict(clip=math.nan)], ids=str)
+    dict(weight_decay=-0.1), dict(weight_decay=math.nan), dict(clip=0.0), dict(clip=-1.0),
+    dict(clip=math.nan)], ids=str)
 def test_settings_of_adamw_that_make_no_sense_are_refused(settings):
     model, name = P.Qwen3(small_config(), P.Mesh(device="cpu")), next(iter(settings))
-    with pytest.raises(ValueError, match=f"{name} is .*choose"):
+    with pytest.raises(ValueError, match=f"{name.replace('betas', 'beta[12]')} is .*choose"):
         P.AdamW(model, **settings)
     assert model.queue is None                                          # nothing has begun
     optimizer = P.AdamW(model, lr=0, betas=(0, 0), eps=0, clip=None)
@@ -4451,6 +4489,30 @@ def test_settings_of_adamw_that_make_no_sense_are_refused(settings):
         with pytest.raises(ValueError, match="lr is .*choose"):
             optimizer.step(**settings)
         assert optimizer.steps == 0 and model.queue is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_loaded_after_adamw_was_made_are_what_it_steps_from(dtype, tmp_path):
+    model = P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=dtype)
+    optimizer, other = P.AdamW(model, lr=1e-6), perturb(P.Qwen3(small_config(), P.Mesh(device="cpu"), dtype=dtype))
+    wanted = parameters(other)
+    P.save(tmp_path / "other", other)
+    for load in (lambda: model.load_hf(wanted), lambda: P.load(tmp_path / "other", model)):
+        model.load_hf({name: x * 0 for name, x in wanted.items()})
+        load()
+        P.save(tmp_path / "both", model, optimizer)
+        P.run(model, dealt(1)[0], make_loss(dealt(1)[0]))
+        optimizer.step()
+        assert distance(parameters(model), wanted) < 1e-2
+        P.load(tmp_path / "both", model)                                # and save wrote them, too
+        assert distance(parameters(model), wanted) == 0
+    P.run(model, dealt(1)[0], make_loss(dealt(1)[0]))
+    optimizer.step(1e-4)
+    masters = [state["param"].clone() for state in optimizer.state]     # in bf16 with more bits than the model has
+    P.save(tmp_path / "both", model, optimizer)
+    model.load_hf(wanted)
+    P.load(tmp_path / "both", model, optimizer)
+    assert all(torch.equal(x, state["param"]) for x, state in zip(masters, optimizer.state))
 
 
 def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing():
