@@ -301,7 +301,7 @@ class Bucket:
     def __init__(self, model: "Qwen3", specs: list[Spec], module: nn.Module, chunk: int, tied: bool):
         self.model, self.mesh, self.chunk = model, model.mesh, chunk
         self.tied, self.params, self.layout, places, size = tied, [], [], [], 0     # tied: words of two stages
-        self.total = self.shard_total = self.work = self.waiting = None
+        self.total = self.shard_total = self.work = self.waiting = self.master = None
         for ours, stacked in groupby(specs, lambda spec: spec.ours):
             start = size
             for spec in stacked:
@@ -601,6 +601,9 @@ class Qwen3(nn.Module):
                     share.copy_(spec.take(whole if mine else torch.tensor(whole), self.mesh.tp_rank))
             if missing := sorted(self.mine.keys() - seen):
                 raise ValueError(f"{missing[0]} is missing, and {len(missing) - 1} others of {len(self.mine)}")
+        for bucket in self.buckets:
+            if bucket.master is not None:   # AdamW steps from what was loaded
+                bucket.master.copy_(bucket.flat[bucket.shard])
 
     @torch.no_grad()
     def hf_tensors(self, shards: list[Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
@@ -773,7 +776,7 @@ class AdamW:
         self.zero_grad = model.zero_grad
         model.zero_grad()
         for bucket in model.buckets:        # in fp32 (and fp64) the parameters are their own master
-            master = bucket.flat[bucket.shard].to(bucket.total.dtype)
+            master = bucket.master = bucket.flat[bucket.shard].to(bucket.total.dtype)
             self.state.append({"param": master, "exp_avg": torch.zeros_like(master),
                                "exp_avg_sq": torch.zeros_like(master)})
 
