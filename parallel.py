@@ -36,7 +36,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, Mapping
+from typing import Callable, Iterable, Iterator, Literal, Mapping
 
 import torch
 import torch.distributed as dist
@@ -350,6 +350,8 @@ class Bucket:
 def landed(p: Tensor) -> None:
     """A gradient of the last micro-batch is there. Buckets are reduced while backward goes on below: each when it is
     complete and those before it are, so in one order on all ranks."""
+    if p.bucket.model.queue is None and p.bucket.mesh.dp > 1:
+        raise ValueError("gradients are summed over dp already; call zero_grad before another backward")
     if p.bucket.waiting is not None:
         collect([p])
         p.bucket.waiting.discard(p)
@@ -1016,7 +1018,7 @@ class Settings:
     pp: int = 1
     tp: int = 1
     chunks: int = 1                         # stages a process; more than one: an interleaved pipeline
-    schedule: str = "1f1b"                  # or afab: all forward, then all backward
+    schedule: Literal["1f1b", "afab"] = "1f1b"      # or afab: all forward, then all backward
     recompute: bool = False                 # keep only the inputs of layers, and run each again for its backward
     device: str | None = None               # None: cuda where there is one
     bench: bool = False                     # the speed alone
@@ -1131,6 +1133,8 @@ def main() -> None:
     from transformers import HfArgumentParser
     settings = Settings(**vars(HfArgumentParser(Settings).parse_args()))
     mesh = init(settings.dp, settings.pp, settings.tp, settings.device)
+    if settings.bench and mesh.device.type != "cuda":
+        sys.exit("--bench needs a GPU, and there is none; without it comes the demo")
     if not settings.bench:
         demo(mesh, settings)
     if mesh.device.type == "cuda":

@@ -4475,6 +4475,32 @@ def test_a_model_of_which_a_part_is_frozen_is_refused():
     assert optimizer.steps == 0
 
 
+def _plain_backward_after_a_run():
+    mesh = P.init() if dist.is_initialized() else P.Mesh(device="cpu")
+    model, batch = P.Qwen3(small_config(), mesh, dtype=torch.float64), dealt(1)[0][0]
+    optimizer, loss = P.AdamW(model), make_loss([batch])
+    def plain():
+        loss(model, model(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"])), batch)[0].backward()
+    P.run(model, [batch], loss)
+    once, said = optimizer.grad_norm(), ""
+    try:
+        plain()
+    except ValueError as error:
+        said = str(error)
+    twice = optimizer.grad_norm()
+    optimizer.zero_grad()
+    plain()
+    model.finish_gradients()
+    return [float(x / once) for x in (twice, optimizer.grad_norm())], said
+
+
+def test_gradients_after_those_of_a_run_are_added_or_refused():
+    ratios, said = _plain_backward_after_a_run()
+    assert not said and ratios == pytest.approx([2, 1])
+    for ratios, said in on_ranks(2, _plain_backward_after_a_run):       # dp: they were summed over replicas already
+        assert "zero_grad" in said and ratios == pytest.approx([1, 1])
+
+
 @pytest.mark.parametrize("settings", [
     dict(lr=-1e-3), dict(lr=math.nan), dict(betas=(0.9, 1.0)), dict(betas=(-0.1, 0.9)), dict(eps=-1e-8),
     dict(weight_decay=-0.1), dict(weight_decay=math.nan), dict(clip=0.0), dict(clip=-1.0),
@@ -4811,6 +4837,15 @@ def test_training_flops_are_six_a_parameter_and_token_and_causal_attention():
     config = P.Config()                                                 # 596 M parameters, the words counted once
     wanted = 8192 * 6 * 596_049_920 + 8 * 6 * 28 * 2048 * 1024**2
     assert abs(P.training_flops(config, [1024] * 8) / wanted - 1) < 1e-12
+
+
+@pytest.mark.parametrize("flags,words", [("--bench --device cpu", "needs a GPU"),
+                                         ("--schedule foo", "--schedule: invalid choice: 'foo'")])
+def test_flags_that_parallel_cannot_follow_end_it_in_a_sentence(flags, words, tmp_path):
+    done = subprocess.run([sys.executable, HERE / "parallel.py", *flags.split()], capture_output=True, text=True,
+                          env=os.environ | {"TMPDIR": str(tmp_path)})
+    assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr
+    assert not any(path.is_dir() and any(path.iterdir()) for path in tmp_path.iterdir())
 
 
 @pytest.mark.slow
