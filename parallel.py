@@ -350,8 +350,8 @@ class Bucket:
 def landed(p: Tensor) -> None:
     """A gradient of the last micro-batch is there. Buckets are reduced while backward goes on below: each when it is
     complete and those before it are, so in one order on all ranks."""
-    if p.bucket.model.queue is None and p.bucket.mesh.dp > 1:
-        raise ValueError("gradients are summed over dp already; call zero_grad before another backward")
+    if p.bucket.model.queue is None and p.bucket.mesh.size > 1:
+        raise ValueError("gradients are summed over the ranks already; call zero_grad before another backward")
     if p.bucket.waiting is not None:
         collect([p])
         p.bucket.waiting.discard(p)
@@ -779,8 +779,7 @@ class AdamW:
         model.zero_grad()
         for bucket in model.buckets:        # in fp32 (and fp64) the parameters are their own master
             master = bucket.master = bucket.flat[bucket.shard].to(bucket.total.dtype)
-            self.state.append({"param": master, "exp_avg": torch.zeros_like(master),
-                               "exp_avg_sq": torch.zeros_like(master)})
+            self.state.append({"param": master} | {x: torch.zeros_like(master) for x in ("exp_avg", "exp_avg_sq")})
 
     @torch.no_grad()
     def step(self, lr: float | None = None) -> Tensor:
@@ -901,10 +900,9 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     """Write a checkpoint; all ranks call this. `state` is rank 0's: numbers, strings, lists, dicts and tensors. It
     appears whole or not at all; if it replaces another of that name, that one is there until this one is."""
     mesh, given, folder = model.mesh, Path(folder), Path(folder).resolve()
-    if folder == Path.cwd():
-        raise ValueError(f"{folder} is the working directory, which cannot be replaced; save to a folder in it")
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists():
-        raise ValueError(f"{folder} is something else than a checkpoint; save to a new folder")
+    taken = folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists()
+    if taken or folder == Path.cwd():
+        raise ValueError(f"{folder} is no checkpoint but something else, or the working directory; save to a new folder")
     new, old = _beside(folder)
     states = optimizer.state if optimizer else [{"param": bucket.flat[bucket.shard]} for bucket in model.buckets]
     kinds, dtype = {kind: [state[kind] for state in states] for kind in states[0]}, states[0]["param"].dtype
