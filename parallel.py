@@ -902,7 +902,7 @@ def save(folder: str | Path, model: Qwen3, optimizer: AdamW | None = None, state
     mesh, given, folder = model.mesh, Path(folder), Path(folder).resolve()
     taken = folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder / "checkpoint.json").exists()
     if taken or folder == Path.cwd():
-        raise ValueError(f"{folder} is no checkpoint but something else, or the working directory; save to a new folder")
+        raise ValueError(f"{folder} is something else than a checkpoint or the working directory; save to a new folder")
     new, old = _beside(folder)
     states = optimizer.state if optimizer else [{"param": bucket.flat[bucket.shard]} for bucket in model.buckets]
     kinds, dtype = {kind: [state[kind] for state in states] for kind in states[0]}, states[0]["param"].dtype
