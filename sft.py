@@ -455,10 +455,13 @@ FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", 
 def claim(config, free: set[str] = FREE) -> None:
     """Make `config.out` the directory of this run. One that holds a run already is only taken to go on with that run,
     with the same settings but for the free ones, which do not change what is computed."""
-    out, saved = Path(config.out), Path(config.out, "config.json")
+    out, saved, old = Path(config.out), Path(config.out, "config.json"), {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        old = json.loads(saved.read_text())
+    if saved.exists() and not {"model", "data", "out"} <= set(old):     # a model's, which a run must not replace
+        raise ValueError(f"{saved} is not a run's but something else's, a model's perhaps; choose another --out")
     if saved.exists() and not config.resume:
         raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
-    old = json.loads(saved.read_text()) if saved.exists() else {}
     now = {name: value for name, value in asdict(config).items() if name in old.keys() - free}
     changed = [f"{name} was {old[name]}, now {new}" for name, new in now.items() if old[name] != new]
     if changed:

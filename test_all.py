@@ -6212,6 +6212,15 @@ def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, c
     assert (config.data, config.held_out, config.out, config.max_tokens) == ("a", 0.1, "sft.arrow", 8192)
 
 
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("text", ['{"model_type": "qwen3", "vocab_size": 9}', '["a list"]', "no json"])
+def test_a_config_that_is_no_run_s_is_never_overwritten(tmp_path, text, resume):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is not a run's .* choose another --out"):
+        sft.claim(sft.Config(model=str(tmp_path), out=str(tmp_path), resume=resume))
+    assert (tmp_path / "config.json").read_text() == text
+
+
 def test_a_run_leaves_its_settings_metrics_curves_and_model(mini, tmp_path, capfd):
     data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
     train = functools.partial(trained, draw=True, eval_every=2, save_every=2, keep=1)
