@@ -28,7 +28,7 @@ token_rewards, overlong_penalty, OBJECTIVES, policy_loss, value_loss, loss_weigh
 """
 from __future__ import annotations
 
-import asyncio, importlib.util, math, os, shutil, socket, sys, tempfile, time, warnings
+import asyncio, importlib.util, math, os, random, shutil, socket, sys, tempfile, time, warnings
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -43,10 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-import actors
-import arrowlite
-import parallel
-import sft
+import actors, arrowlite, parallel, sft
 from engine import LLM, SamplingParams
 from evaluate import Graders, arithmetic, chat_prompts, load_problems
 from parallel import AdamW, Mesh, Qwen3, init, latest, load, local_folder, run, save, tiny_model
@@ -463,10 +460,10 @@ class Rollouts:
 
     def samples(self, batch: int) -> list[dict]:
         rows = sft.rows_of_step(batch, len(self.problems), self.c.batch, self.c.seed).tolist()
-        numbered = [(row, batch * self.c.batch + i) for i, row in enumerate(rows)]
-        return [self.problems[row] | {"row": row, "group": number, "sample": i,
-                                      "seed": (self.c.seed << 40) + number * self.c.samples + i}
-                for row, number in numbered for i in range(self.c.samples)]
+        first = self.c.seed << 40 if self.c.seed < 2**23 else random.Random(self.c.seed).getrandbits(62)    # int64
+        return [self.problems[row] | {"row": row, "group": group, "sample": i,
+                                      "seed": first + group * self.c.samples + i}
+                for group, row in enumerate(rows, batch * self.c.batch) for i in range(self.c.samples)]
 
     def ask(self, samples: list[dict], temperature: float, weights) -> tuple[list, list]:
         """Refs of what will be generated, and of what will be judged. No one waits here: data flows between actors."""

@@ -7828,6 +7828,17 @@ def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, tas
     assert not (tmp_path / "run").exists()
 
 
+def test_requests_have_seeds_of_their_own_that_a_file_can_hold_whatever_the_seed_of_the_run():
+    def seeds(seed, batch):
+        c = ppo.Config(seed=seed, batch=4, samples=2)
+        return [x["seed"] for x in ppo.Rollouts.samples(ppo.SimpleNamespace(c=c, problems=[{}] * 20), batch)]
+
+    assert seeds(7, 3) == [(7 << 40) + i for i in range(24, 32)] and seeds(2**23 - 1, 0)[0] == 2**23 - 1 << 40
+    every = [x for seed in (0, 1, 2**23 - 1, 2**23, 20251121, 2**32, 2**70) for batch in (0, 10**6)
+             for x in seeds(seed, batch)]
+    assert len(set(every)) == len(every) and 0 <= min(every) and max(every) < 2**63
+
+
 def test_without_a_critic_nothing_waits_for_it(vivid, task):
     for advantage, steps in (("gae", 2), ("grpo", 0)):
         c = short_run(vivid, task, "x", advantage=advantage, critic_warmup=2)
