@@ -592,9 +592,8 @@ def policy_step(model: Qwen3, hidden: Tensor, micro: dict, part: dict, c: Config
     logprobs, entropy = (spread(x, part["filled"]) for x in
                          model.logprobs(hidden[micro["at"]], micro["targets"], c.temperature))
     loss, clipped = policy_loss(logprobs, entropy, part, c)
-    step_kl = kl_estimate("k3", part["prox"], logprobs)
-    log = {"policy_loss": loss, "clip_share": clipped, "entropy": entropy, "step_kl": step_kl}
-    return (loss * part["weights"]).sum(), log
+    return (loss * part["weights"]).sum(), {"policy_loss": loss, "clip_share": clipped, "entropy": entropy,
+                                            "step_kl": kl_estimate("k3", part["prox"], logprobs)}
 
 def value_step(model: Qwen3, hidden: Tensor, micro: dict, part: dict, c: Config) -> tuple[Tensor, dict]:
     loss, clipped = value_loss(spread(model.value(hidden[micro["at"]]), part["filled"]), part, c)
@@ -819,8 +818,9 @@ def finish(r: Run) -> None:
 
 NUMBERS = {"at least 1": "batch samples max_prompt max_response minibatches epochs steps generator_tp micro_tokens "
                          "save_every eval_every log_every", "above 0": "temperature cap clip",
-           "at least 0": "overlong_buffer clip_low clip_high dual_clip kl_coef value_clip critic_warmup lr critic_lr "
-           "warmup weight_decay staleness generators graders keep eval_temperature", "from 0 to 1": "gamma lam memory"}
+           "at least 0": "overlong_buffer clip_high dual_clip kl_coef value_clip critic_warmup lr critic_lr warmup "
+                         "weight_decay staleness generators graders keep eval_temperature seed",
+           "from 0 to 1": "gamma lam memory clip_low", "finite": "entropy_coef"}
 FREE = sft.FREE | {"memory", "micro_tokens", "runtime", "generators", "generator_tp", "graders", "staleness", "steps"}
 
 def check(c: Config, mesh: Mesh) -> None:
@@ -846,6 +846,7 @@ def check(c: Config, mesh: Mesh) -> None:
     refuse(gpus and c.generator_tp > (left or gpus),
            f"--generator_tp {c.generator_tp} wants as many GPUs, and the trainers leave {left} of {gpus}")
     parallel.check_layout(shape, Mesh(tp=c.generator_tp), 1)
+    refuse(c.overlong_buffer > c.max_response, f"--overlong_buffer {c.overlong_buffer} is more than --max_response")
     refuse((n := c.batch * c.samples) < c.minibatches, f"{n} responses do not make {c.minibatches} minibatches")
     refuse(c.replay and c.rollout_only, "--rollout_only makes what --replay learns from: take one of them")
     refuse(c.replay and not Path(c.replay).is_file(), f"there is no file {c.replay} to replay")

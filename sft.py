@@ -28,7 +28,8 @@ needs, ppo.py's too: arguments, claim, cosine, Metrics, curves, peak_flops, memo
 """
 from __future__ import annotations
 
-import contextlib, functools, hashlib, itertools, json, math, os, re, resource, shutil, sys, tempfile, time
+import contextlib, functools, hashlib, importlib.util, itertools, json, math, os, re, resource
+import shutil, sys, tempfile, time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -333,12 +334,14 @@ class Examples:
     """The rows of a prepared file. Nothing is read before it is asked for: the file is mapped into memory."""
 
     def __init__(self, path: str, pairs: bool = False):
+        make = f"python sft.py prepare --data {'PAIRS' if pairs else 'SRC'} --model M --out F.arrow"
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no file {path} to learn from; make one with: {make}")
         self.path, self.table = path, al.read(path)
         self.prefixes = ("chosen_", "rejected_") if pairs else ("",)
         names, parts = self.table.column_names, ("input_ids", "loss_mask")
         if missing := {prefix + part for prefix in self.prefixes for part in parts} - set(names):
-            raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(names)}; make it with: python "
-                             f"sft.py prepare --data {'PAIRS' if pairs else 'SRC'} --model M --out F.arrow")
+            raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(names)}; make it with: {make}")
         self.documents, masks = (np.stack([self._lengths(prefix + part) for prefix in self.prefixes], 1)
                                  for part in parts)                                 # tokens in each, [rows, 1 or 2]
         if (bad := ((self.documents != masks) | (self.documents < 1)).any(1)).any():
@@ -436,7 +439,8 @@ def arguments(kind: type, args: list[str] | None = None):
     return kind(**vars(HfArgumentParser(kind).parse_args(args)))
 
 RANGES = {"at least 1": lambda x: x >= 1, "at least 0": lambda x: x >= 0, "above 0": lambda x: x > 0,
-          "from 0 to 1": lambda x: 0 <= x <= 1, "at least 0 and below 1": lambda x: 0 <= x < 1}
+          "from 0 to 1": lambda x: 0 <= x <= 1, "at least 0 and below 1": lambda x: 0 <= x < 1,
+          "finite": math.isfinite}
 
 def check_ranges(config, names: dict[str, str]) -> None:
     """Refuse numbers that make no sense, of which most would be taken in silence; NaN is in no range."""
@@ -447,7 +451,7 @@ def check_ranges(config, names: dict[str, str]) -> None:
                 raise ValueError(f"--{name} {value} should be {words}")
 
 NUMBERS = {"at least 1": "epochs steps batch max_tokens dp pp tp chunks log_every eval_every save_every",
-           "at least 0": "keep weight_decay lr min_lr", "above 0": "beta clip explode",
+           "at least 0": "keep weight_decay lr min_lr seed", "above 0": "beta clip explode",
            "from 0 to 1": "warmup label_smoothing", "at least 0 and below 1": "beta1 beta2"}
 FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", "log_every", "eval_every", "save_every",
         "keep", "resume", "wandb"}      # settings that do not change what is computed, but for rounding
@@ -455,6 +459,8 @@ FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", 
 def claim(config, free: set[str] = FREE) -> None:
     """Make `config.out` the directory of this run. One that holds a run already is only taken to go on with that run,
     with the same settings but for the free ones, which do not change what is computed."""
+    if config.wandb and not importlib.util.find_spec("wandb"):
+        raise ValueError(f"--wandb {config.wandb} needs a package that is not there: pip install wandb")
     out, saved, old = Path(config.out), Path(config.out, "config.json"), {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         old = json.loads(saved.read_text())

@@ -6175,7 +6175,8 @@ def test_a_run_does_not_overwrite_another(mini, tmp_path):
         on_ranks(1, functools.partial(trained, resume=True), mini, data, out)
 
 
-def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, capsys):
+def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)                     # not installed, whether it is or not
     data, out = random_rows(tmp_path / "rows.arrow"), tmp_path / "run"
     raw = str(tmp_path / "raw.arrow")
     al.write(al.Table.from_pylist([{"prompt": "a", "response": "b"}]), raw)
@@ -6187,6 +6188,9 @@ def test_mistakes_are_refused_before_anything_is_written(mini, lean, tmp_path, c
     for settings, sentence in [(dict(data=raw), "no column 'input_ids' but prompt, response; make it with: python"),
                                (dict(data=ragged), "row 1 of .*ragged.arrow is empty, or its mask of another length"),
                                (dict(data=data, loss="dpo"), "no column 'chosen_input_ids'"),
+                               (dict(data="nope.arrow"), "no file nope.arrow .*: python sft.py prepare --data SRC"),
+                               (dict(data=data, seed=-1), "--seed -1 should be at least 0"),
+                               (dict(data=data, wandb="x"), "--wandb x needs a package .*: pip install wandb"),
                                (dict(data=words), "151,669 .* prepare it with --model"),
                                (dict(data=data, max_tokens=20), "raise --max_tokens"),
                                (dict(data=data, save_every=0), "--save_every 0 should be at least 1"),
@@ -7818,9 +7822,15 @@ def test_mathematics_is_graded_and_held_out_problems_are_scored(vivid, task, tmp
     (dict(temperature=0.0), "--temperature 0.0 should be above 0"), (dict(save_every=0), "at least 1"),
     (dict(log_every=0), "at least 1"), (dict(keep=-1), "--keep -1 should be at least 0"),
     (dict(staleness=-1), "--staleness -1"), (dict(steps=0), "--steps 0"), (dict(gamma=2.0), "--gamma 2.0 should be"),
+    (dict(seed=-1), "--seed -1 should be at least 0"), (dict(clip_low=1.5), "--clip_low 1.5 should be from 0 to 1"),
+    (dict(entropy_coef=math.nan), "--entropy_coef nan should be finite"),
+    (dict(overlong_buffer=13), "--overlong_buffer 13 is more than --max_response"),
+    (dict(wandb="x"), "--wandb x needs a package"),
     (dict(rollout_only=True, replay="x"), "take one of them"), (dict(replay="{task}/other.arrow"), "has no rollouts"),
     (dict(runtime="actors", generator_tp=3), "cannot be split over tp=3")])
-def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, task, tmp_path, changes, words):
+def test_settings_that_cannot_be_are_named_before_anything_is_written(vivid, task, tmp_path, changes, words,
+                                                                      monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)                     # not installed, whether it is or not
     changes = {k: v.replace("{task}", str(task)) if isinstance(v, str) else v for k, v in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         ppo.train(short_run(vivid, task, tmp_path / "run", **changes) if "out" not in changes else
