@@ -60,6 +60,7 @@ class Config:
     resume: bool = False            # go on from the newest checkpoint in --out
     # the task
     reward: str = "math"            # or FILE.py:function, where function(response: str, row: dict) -> float
+    #                                 row: its own columns, and of ours (problem, answer, prompt, ..) those it lacks
     batch: int = 256                # prompts a step
     samples: int = 1                # responses a prompt
     max_prompt: int = 1024          # tokens
@@ -365,7 +366,7 @@ class Judge:
     def call(self, sample: dict) -> float:
         where = f"--reward {self.reward} on row {sample['row']} of --data ({sample['problem']!r:.80})"
         try:
-            reward = float(self.function(sample["response"], sample.pop("columns", {}) | sample))
+            reward = float(self.function(sample["response"], sample | sample.pop("columns", {})))
         except Exception as error:
             raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
         if not math.isfinite(reward):
@@ -460,9 +461,8 @@ class Rollouts:
 
     def samples(self, batch: int) -> list[dict]:
         rows = sft.rows_of_step(batch, len(self.problems), self.c.batch, self.c.seed).tolist()
-        first = self.c.seed << 40 if self.c.seed < 2**23 else random.Random(self.c.seed).getrandbits(62)    # int64
-        return [self.problems[row] | {"row": row, "group": group, "sample": i,
-                                      "seed": first + group * self.c.samples + i}
+        base = self.c.seed << 40 if self.c.seed < 2**23 else random.Random(self.c.seed).getrandbits(62)     # int64
+        return [self.problems[row] | dict(row=row, group=group, sample=i, seed=base + group * self.c.samples + i)
                 for group, row in enumerate(rows, batch * self.c.batch) for i in range(self.c.samples)]
 
     def ask(self, samples: list[dict], temperature: float, weights) -> tuple[list, list]:
@@ -853,6 +853,8 @@ def check(c: Config, mesh: Mesh) -> None:
     refuse(c.replay and "logprobs" not in arrowlite.read(c.replay).schema.names, f"{c.replay} has no rollouts")
     if c.reward != "math":
         load_function(c.reward)
+    done = latest(Path(c.out, "checkpoints", "policy")) if c.resume else None
+    refuse(done and torch.load(done / "state.pt")["step"] > c.steps, f"{done} is past --steps {c.steps}; raise it")
 
 def load_prompts(c: Config, data: str) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(local_folder(c.model))

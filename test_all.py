@@ -7492,7 +7492,8 @@ def dies(response, row):
     os.kill(os.getpid(), 9)
 
 def own(response, row):
-    return row["weight"] + len(row["tests"]) + (row["problem"] == "hello")
+    kept = all(row[name] == x for name, x in row["same"].items()) and "response_ids" in row
+    return row["weight"] + len(row["tests"]) + (row["problem"] == "hello") + 10 * kept
 '''
 
 
@@ -7865,11 +7866,13 @@ def test_a_reward_file_is_a_module_like_any_other(tmp_path):
 
 
 def test_a_reward_sees_the_columns_of_its_row_which_needs_no_answer(vivid, task, tmp_path):
-    rows = [{"prompt": "hello", "weight": 0.5, "tests": ["a"] * (i % 3)} for i in range(4)]
+    ours = {"prompt": "hello", "answer": ["a", "b"], "level": 3, "seed": -1, "row": "r", "group": None, "sample": 0.5,
+            "response": "theirs", "columns": 4}        # names that we have, too
+    rows = [ours | {"same": ours, "weight": 0.5, "tests": ["a"] * (i % 3)} for i in range(4)]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     ppo.train(short_run(vivid, task, tmp_path / "run", data=data, reward=f"{task}/rewards.py:own", steps=1))
     table = ppo.arrowlite.read(tmp_path / "run" / "rollouts" / "000000.arrow")
-    assert [sample["reward"] for sample in table] == [1.5 + sample["row"] % 3 for sample in table]
+    assert [sample["reward"] for sample in table] == [11.5 + sample["row"] % 3 for sample in table]
     with pytest.raises(ValueError, match="no answer in its columns"):
         ppo.train(short_run(vivid, task, tmp_path / "other", data=data, reward="math"))
 
@@ -7881,6 +7884,14 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(vivid, task, tmp_path):
     ppo.train(short_run(vivid, task, tmp_path / "run", advantage="rloo", steps=2, resume=True))
     ppo.train(short_run(vivid, task, tmp_path / "whole", advantage="rloo", steps=2))
     assert lines_of(tmp_path / "run") == lines_of(tmp_path / "whole")
+
+
+def test_fewer_steps_than_are_done_are_refused(vivid, task, tmp_path):
+    ppo.train(short_run(vivid, task, tmp_path / "run", steps=2, advantage="rloo"))
+    before = {name: (tmp_path / "run" / name).read_text() for name in ("metrics.jsonl", "config.json")}
+    with pytest.raises(ValueError, match="policy/000002 is past --steps 1; raise it"):
+        ppo.train(short_run(vivid, task, tmp_path / "run", steps=1, advantage="rloo", resume=True))
+    assert before == {name: (tmp_path / "run" / name).read_text() for name in before}
 
 
 def test_a_resumed_run_scores_each_step_once_and_keeps_critics_that_have_a_policy(vivid, task, tmp_path, monkeypatch):
