@@ -284,6 +284,8 @@ def arithmetic(n: int, seed: int = 0, held_out: bool = False, boxed: float = 1.0
     """The demos' task, which a model of 0.1M parameters learns in minutes: sums in two steps. A fifth of all problems,
     picked by hash, is drawn only if held_out: no row of a training set is ever one of a test set. Of the solutions, a
     share of `boxed` puts the answer into a box; the others say it in words, and so teach an answer of no use."""
+    if n < 1 or not 0 <= boxed <= 1:
+        raise ValueError(f"{n = }, {boxed = }: take at least one problem, and of the solutions a share from 0 to 1")
     rng, rows = random.Random(seed), []
     while len(rows) < n:
         a, b, c = (rng.randint(1, 9) for _ in range(3))
@@ -637,6 +639,9 @@ def command(name: str) -> None:
         found = load_problems(args.data, args.split)
         from transformers import AutoTokenizer
         rows = worth_learning(found, AutoTokenizer.from_pretrained(args.model), args.max_prompt)
+        if not rows:
+            raise ValueError(f"none of the {len(found):,} problems of {args.data} is worth learning from: every prompt "
+                             f"has over --max_prompt {args.max_prompt} tokens, or an answer that is soon guessed")
         print(f"{len(rows):,} of {len(found):,} problems of {args.data} go into {args.out}")
     al.Table.from_pylist(rows).to_jsonl(args.out)
 

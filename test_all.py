@@ -6733,6 +6733,19 @@ def test_problems_that_are_guessed_or_too_long_are_left_out(tmp_path, monkeypatc
                                       "--max_prompt", "300", "--out", str(tmp_path / "some.jsonl")])
     ev.main()
     assert [row["answer"] for row in ev.load_problems(str(tmp_path / "some.jsonl"))] == ["12", "\\text{blue}"]
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-4], "--max_prompt", "1", "--out", str(tmp_path / "none.jsonl")])
+    with pytest.raises(ValueError, match="none of the 5 problems .*all.jsonl is worth learning from: .*max_prompt 1 "):
+        ev.main()
+    assert not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_sums_or_an_impossible_share_of_boxes_leave_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("n", "0"), ("n", "-3"), ("boxed", "7"), ("boxed", "-1"), ("boxed", "nan")):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "arithmetic", f"--{name}", value, "--out", "sums.jsonl"])
+        with pytest.raises(ValueError, match=f"{name} = {value}.*at least one problem.*share from 0 to 1"):
+            ev.main()
+    assert not Path("sums.jsonl").exists()
 
 
 def test_half_of_the_solutions_can_leave_the_box_out():
