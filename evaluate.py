@@ -429,6 +429,11 @@ async def record(model: str, number: int, problem: dict, samples: list[dict], gr
              "subject": problem.get("subject", ""), "level": problem.get("level", "")}
     return [given | {"sample": i} | sample | grade._asdict() for i, (sample, grade) in enumerate(zip(samples, grades))]
 
+def one_name(model: str) -> str:
+    """M for M/ and ./M, too; the whole path of a folder without a name, as . is; a hub id as it is."""
+    path = Path(model)
+    return model if not path.is_dir() else str(path.resolve() if path.name in ("", "..") else path)
+
 def check_model(model: str) -> None:
     if not Path(model, "config.json").is_file() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
         raise FileNotFoundError(f"there is no model in {model}; pass a directory with config.json, or a hub id")
@@ -469,7 +474,7 @@ def changed(file: Path, model: str, problems: list[dict], n: int) -> bool:
 
 def evaluate(model: str, problems: list[dict], config: Config | None = None, label: str = "", **settings) -> tuple:
     """The samples of a model, and summarize(samples). Settings replace those of `config`, by name."""
-    config, model, scores = dataclasses.replace(config or Config(), **settings), str(model), []
+    config, model, scores = dataclasses.replace(config or Config(), **settings), one_name(str(model)), []
     check_model(model)
     params, schema = check(config), al.Schema(SAMPLE, {"model": identity(model)})
     graders = Graders(config.graders, config.deadline)  # starts actors, unless they run
@@ -511,6 +516,7 @@ def labels(models: list[str]) -> list[str]:
 
 def run(config: Config) -> dict:
     """Every model, and what they say side by side, in --out."""
+    config = dataclasses.replace(config, model=[one_name(model) for model in config.model])
     out, settings, names, models = Path(config.out), dataclasses.asdict(config), labels(config.model), {}
     if out.exists() and any(out.iterdir()):
         if not config.resume or not (out / "config.json").is_file():
@@ -524,7 +530,7 @@ def run(config: Config) -> dict:
         raise ValueError(f"the samples of two of {', '.join(config.model)} would be one file; give each an --out")
     for file, model in zip(files, config.model):
         check_model(model)
-        if file.exists() and (other := al.read(file)[0]["model"]) != model:
+        if file.exists() and one_name(other := al.read(file)[0]["model"]) != model:
             raise ValueError(f"{file} has the samples of {other}, not of {model}; choose another --out")
     check(config)
     problems = load_problems(config.data)[:config.limit or None]

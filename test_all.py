@@ -6935,6 +6935,27 @@ def test_samples_of_other_weights_or_problems_are_made_anew(pretended, capsys):
             run(resume=True, **{name: value})
 
 
+def test_a_folder_has_one_name_however_it_is_spelled(pretended, monkeypatch):
+    made, run = pretended
+    run(model=["sft/model/"])
+    run(model=["./sft//model"], resume=True)
+    assert made == ["model"] and set(json.loads(Path("evaluation/scores.json").read_text())) == {"model"}
+    old = al.read("evaluation/sft_model.arrow")
+    assert set(old["model"].to_pylist()) == {"sft/model"}
+    rows = [row | {"model": "sft/model/"} for row in old.to_pylist()]                   # as they were once named
+    al.write(al.Table.from_pylist(rows, old.schema), "evaluation/sft_model.arrow")
+    run(model=["sft/model"], resume=True)
+    with pytest.raises(ValueError, match="names a model twice"):
+        run(model=["sft/model", "sft/model/"], out="twice")
+    monkeypatch.chdir("sft/model")
+    for spelled, out in ((".", "../../here"), ("../model/.", "../../there"), ("../../sft/model/..", "../../above")):
+        shutil.copytree(".", "..", dirs_exist_ok=True)
+        run(model=[spelled], data="../../sums.jsonl", out=out)
+        (file,) = Path(out).glob("[!.]*.arrow")
+        assert file.stem and list(json.loads(Path(out, "scores.json").read_text())) == made[-1:]
+    assert made[1:] == ["model", "model", "sft"] and ev.one_name("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+
+
 def test_bad_settings_of_an_evaluation_leave_no_directory(pretended):
     made, run = pretended
     for name, value in (("n", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -5), ("dtype", "foo"),
