@@ -20,8 +20,8 @@ Public names
     python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held_out: test)
     python evaluate.py problems --data HUB/ID --model M --out F.jsonl   those worth learning from: not guessed, not long
 """
-import argparse, asyncio, collections, dataclasses, functools, hashlib, itertools, json, logging, math, os, random, re
-import resource, signal, sys, tempfile, textwrap, time
+import argparse, asyncio, collections, contextlib, dataclasses, fcntl, functools, hashlib, itertools, json, logging
+import math, os, random, re, resource, signal, sys, tempfile, textwrap, time
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -435,8 +435,11 @@ def one_name(model: str) -> str:
     return model if not path.is_dir() else str(path.resolve() if path.name in ("", "..") else path)
 
 def check_model(model: str) -> None:
-    if not Path(model, "config.json").is_file() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+    folder = Path(model)
+    if not (folder / "config.json").is_file() and (folder.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model)):
         raise FileNotFoundError(f"there is no model in {model}; pass a directory with config.json, or a hub id")
+    if folder.is_dir() and not any((folder / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        raise FileNotFoundError(f"{model} has no model.safetensors, nor an index of several; copy the whole folder")
 
 def check(config: Config) -> dict:
     """What an engine is asked for each answer; refuses what it, or the pool of graders, would not take."""
@@ -448,6 +451,8 @@ def check(config: Config) -> dict:
                        "dtype": isinstance(dtype, torch.dtype) and dtype.is_floating_point}.items():
         if not good:
             raise ValueError(f"{name} = {getattr(config, name)} makes no sense; see python evaluate.py --help")
+    if str(config.device or "cpu").partition(":")[0] not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        raise ValueError(f"device = {config.device}: pass cpu, cuda where there is a GPU, or nothing for all there are")
     params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
     return SamplingParams(**params) and params
 
@@ -518,10 +523,12 @@ def run(config: Config) -> dict:
     """Every model, and what they say side by side, in --out."""
     config = dataclasses.replace(config, model=[one_name(model) for model in config.model])
     out, settings, names, models = Path(config.out), dataclasses.asdict(config), labels(config.model), {}
-    if out.exists() and any(out.iterdir()):
-        if not config.resume or not (out / "config.json").is_file():
+    held, before = [path.name for path in out.iterdir()] if out.exists() else [], {}
+    with contextlib.suppress(OSError, ValueError, TypeError):                           # whatever is there is kept
+        before = dict(json.loads((out / "config.json").read_text()))
+    if held and not (held == ["config.json"] and before.keys() == settings.keys()):     # died before its first sample
+        if not config.resume or "config.json" not in held:
             raise ValueError(f"{out} holds another run or something else: choose another --out, or --resume a run")
-        before = json.loads((out / "config.json").read_text())
         for name in ("data", "limit", "n", "temperature", "top_p", "top_k", "max_tokens", "seed", "dtype"):
             if before.get(name) != settings[name]:
                 raise ValueError(f"{out} was made with {name} = {before.get(name)}, not {settings[name]}")
@@ -529,25 +536,32 @@ def run(config: Config) -> dict:
     if len(set(files)) < len(files):                    # as those of a/b and a_b
         raise ValueError(f"the samples of two of {', '.join(config.model)} would be one file; give each an --out")
     for file, model in zip(files, config.model):
-        check_model(model)
         if file.exists() and one_name(other := al.read(file)[0]["model"]) != model:
             raise ValueError(f"{file} has the samples of {other}, not of {model}; choose another --out")
+        check_model(model)
     check(config)
     problems = load_problems(config.data)[:config.limit or None]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    print("\n".join(f"{name:12} {value}" for name, value in settings.items()))
-    for name, file, model in zip(names, files, config.model):
-        if not file.exists() or changed(file, model, problems, config.n):
-            al.write(evaluate(model, problems, config, name)[0], file)
-        models[name] = al.read(file).to_pylist()
-    print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
-    scores = {name: summarize(samples) for name, samples in models.items()}
-    known = {model: {name: [None if math.isnan(x) else x for x in pair] for name, pair in found.items()}
-             for model, found in scores.items()}        # of one problem there is no error, and JSON has no NaN
-    (out / "scores.json").write_text(json.dumps(known, indent=2) + "\n")
-    draw(models, out / "scores.png")
-    return scores
+    with open(out / "config.json", "a") as claim:       # locked while this run lives: one without a sample
+        try:                                            # is taken again only if it died
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:                        # or there are no locks on this file system
+            if isinstance(error, BlockingIOError) and not config.resume:
+                raise ValueError(f"{out} is that of a run under way; choose another --out") from None
+        claim.truncate(0)
+        print(json.dumps(settings, indent=2), file=claim, flush=True)
+        print("\n".join(f"{name:12} {value}" for name, value in settings.items()))
+        for name, file, model in zip(names, files, config.model):
+            if not file.exists() or changed(file, model, problems, config.n):
+                al.write(evaluate(model, problems, config, name)[0], file)
+            models[name] = al.read(file).to_pylist()
+        print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
+        scores = {name: summarize(samples) for name, samples in models.items()}
+        known = {model: {name: [None if math.isnan(x) else x for x in pair] for name, pair in found.items()}
+                 for model, found in scores.items()}    # of one problem there is no error, and JSON has no NaN
+        (out / "scores.json").write_text(json.dumps(known, indent=2) + "\n")
+        draw(models, out / "scores.png")
+        return scores
 
 # --- show: samples as a person reads them ----------------------------------------------------------------------------
 

@@ -6960,7 +6960,9 @@ def test_bad_settings_of_an_evaluation_leave_no_directory(pretended):
     made, run = pretended
     for name, value in (("n", 0), ("temperature", -1.0), ("top_p", 0.0), ("top_k", -5), ("dtype", "foo"),
                         ("dtype", "int8"), ("limit", -5), ("max_tokens", 0), ("deadline", -1.0), ("deadline", math.nan),
-                        ("graders", -3), ("memory", 0.0), ("memory", 1.5)):
+                        ("graders", -3), ("memory", 0.0), ("memory", 1.5), ("device", "tpu"), ("device", "cuda")):
+        if value == "cuda" and torch.cuda.is_available():
+            continue
         with pytest.raises(ValueError, match=name):
             run(**{name: value})
     assert not Path("evaluation").exists() and not made
@@ -6970,6 +6972,42 @@ def test_bad_settings_of_an_evaluation_leave_no_directory(pretended):
     Path("evaluation/notes.txt").touch()
     with pytest.raises(ValueError, match="something else"):
         run(resume=True)
+
+
+def test_a_folder_without_weights_leaves_no_directory(pretended):
+    made, run = pretended
+    Path("ppo/model/model.safetensors").rename("ppo/model/rank-00000.safetensors")
+    for model, says in (("ppo/model", "ppo/model has no model.safetensors"), ("ppo/model/..", "no model in .*/ppo")):
+        with pytest.raises(FileNotFoundError, match=says):
+            run(model=["sft/model", model])
+    assert not Path("evaluation").exists() and not made
+    Path("ppo/model/model.safetensors.index.json").write_text("{}")
+    ev.check_model("ppo/model")
+
+
+def test_out_of_a_run_that_died_before_its_first_sample_is_free_again(pretended, monkeypatch):
+    made, run = pretended
+    whole = ev.evaluate
+
+    def dies(*_):
+        with pytest.raises(ValueError, match="evaluation is that of a run under way"):
+            run()                                                          # by who came second, while the first lives
+        raise RuntimeError("the prompt has 9 tokens")
+    monkeypatch.setattr(ev, "evaluate", dies)
+    with pytest.raises(RuntimeError, match="9 tokens"):
+        run(n=2)
+    assert os.listdir("evaluation") == ["config.json"]
+    assert json.loads(Path("evaluation/config.json").read_text())["n"] == 2
+    monkeypatch.setattr(ev, "evaluate", whole)
+    run()
+    assert made == ["sft/model", "ppo/model"] and json.loads(Path("evaluation/config.json").read_text())["n"] == 1
+    with pytest.raises(ValueError, match="holds another run"):
+        run()
+    for text in ("{}", '{"n": 1}', "", "[5]", "{"):                        # of a model, or of a training
+        Path("other").mkdir(exist_ok=True)
+        Path("other/config.json").write_text(text)
+        with pytest.raises(ValueError, match="other holds another run or something else"):
+            run(out="other")
 
 
 def test_scores_of_one_problem_are_json(pretended):
