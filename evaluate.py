@@ -580,6 +580,8 @@ def show(path: str, verdict: str | None = None, start: int = 0) -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)       # `show FILE | head` ends quietly
     table = read(path)
     rows = [i for i in range(start, len(table)) if verdict is None or table[i].get("verdict") == verdict]
+    if not rows:
+        print(f"{path} has {len(table)} rows, and none{f' that is {verdict}' * bool(verdict)} from {start} on")
     for i in rows:
         print(f"{'-' * 120}\n{page(table[i], f'row {i} of {len(table)}')}")
         if sys.stdin.isatty() and sys.stdout.isatty() and input("[enter: next, q: quit] ").strip() == "q":
@@ -636,7 +638,7 @@ def command(name: str) -> None:
     parser = argparse.ArgumentParser(prog=f"evaluate.py {name}", description=COMMANDS[name])
     if name == "show":
         parser.add_argument("path", metavar="FILE")
-        parser.add_argument("--verdict", help="only right, wrong, unparsed, timeout or crashed ones")
+        parser.add_argument("--verdict", choices=["right", "wrong", "unparsed", "timeout", "crashed"], help="only such")
         parser.add_argument("--start", type=int, default=0, help="the first row")
         args = parser.parse_args(sys.argv[2:])
         if args.start < 0 or not Path(args.path).is_file():

@@ -6834,8 +6834,12 @@ def test_show_prints_every_value_of_any_arrow_file(tmp_path, capsys, monkeypatch
     printed = capsys.readouterr().out
     assert printed.count("row ") == 1 and "row 3 of 4" in printed and "logprobs: 7 values" in printed
     assert "text:\n    line one\n    line two" in printed and "reward: 0.3333" in printed
+    ev.show(str(tmp_path / "rollouts.arrow"), start=999)
+    ev.show(str(tmp_path / "rollouts.arrow"), verdict="timeout")
+    assert re.findall("4 rows, and none(.*)", capsys.readouterr().out) == [" from 999 on", " that is timeout from 0 on"]
     for words, says in (([str(tmp_path)], "no file"), (["nothere"], "no file nothere"),
-                        ([str(tmp_path / "rollouts.arrow"), "--start", "-2"], "--start")):
+                        ([str(tmp_path / "rollouts.arrow"), "--start", "-2"], "--start"),
+                        ([str(tmp_path / "rollouts.arrow"), "--verdict", "Wrong"], "invalid choice: 'Wrong'")):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", "show", *words])
         with pytest.raises(SystemExit):
             ev.main()
