@@ -528,10 +528,10 @@ def _as_numpy(values) -> np.ndarray:
     except (TypeError, RuntimeError) as error:                      # a torch tensor that numpy cannot hold
         raise ValueError(f"{error}; convert it first") from None
 
-# Python's types by family, in the order in which they are tried: a bool is an int to Python, never to us
-_FAMILIES = {"bool": (bool, np.bool_), "int": (int, np.integer), "float": (float, np.floating), "utf8": str,
-             "binary": (bytes, bytearray), "timestamp": (dt.datetime, np.datetime64), "date": dt.date,
-             "duration": (dt.timedelta, np.timedelta64), "list": (list, tuple, np.ndarray), "struct": dict}
+# Python's types by family, in the order in which they are tried: a bool is an int to Python, a timedelta64 one to numpy
+_FAMILIES = {"bool": (bool, np.bool_), "duration": (dt.timedelta, np.timedelta64), "int": (int, np.integer),
+             "float": (float, np.floating), "utf8": str, "binary": (bytes, bytearray), "struct": dict,
+             "timestamp": (dt.datetime, np.datetime64), "date": dt.date, "list": (list, tuple, np.ndarray)}
 
 def _build(values: list) -> Array:
     """Python values as an array of the type that is natural for them; any other type is a cast away."""
@@ -582,9 +582,14 @@ def _scalars(family: str, values: list) -> tuple[Type, np.ndarray]:
         if "" in zones and len(zones) > 1:
             raise ValueError("some times of a column have a time zone and others have none; decide on one")
         values = [v.astimezone(dt.timezone.utc).replace(tzinfo=None) for v in values] if zones != {""} else values
-        dense = np.array(values, "m8" if family == "duration" else "M8")
-        if any(isinstance(v, np.generic) and v != exact for v, exact in zip(values, dense)):
-            raise ValueError(f"the times {values[0]} and others do not fit in one unit")
+        try:
+            dense = np.array(values, "m8" if family == "duration" else "M8")
+        except (TypeError, OverflowError):                  # months and days; years and attoseconds
+            raise ValueError(f"the times {values[0]} and others have no common unit; convert them first") from None
+        python = dense.astype(f"{dense.dtype.kind}8[us]").tolist() if family != "date" else values
+        for v, exact, same in zip(values, dense, python):           # numpy wraps around; 64 bits hold any date
+            if v != (exact.astype(v.dtype) if isinstance(v, np.generic) else same):
+                raise ValueError(f"the time {v} does not fit in 64 bits of {np.datetime_data(dense.dtype)[0]}")
         times = _from_numpy(dense)
         return replace(times.type, tz=zones.pop() if len(zones) == 1 else "UTC"), times.data
     dense = np.array(values)

@@ -1072,6 +1072,36 @@ def test_arrowlite_times_come_back_without_loss():
     assert al.array(edge, "timestamp[us, No/Where]").to_pylist() == edge
 
 
+def test_arrowlite_durations_of_numpy_are_durations():
+    for unit in ("s", "ms", "us", "ns"):
+        for values in ([np.timedelta64(5, unit)], [np.timedelta64(5, unit), np.timedelta64("NaT", unit), None]):
+            a = al.array(values)
+            assert a.type == f"duration[{unit}]" and a.null_count == len(values) - 1
+            assert a.to_pylist()[0] == values[0] and pa.chunked_array(a)[0].value == 5
+    assert al.array([np.timedelta64(1, "D")]).to_pylist() == [dt.timedelta(1)]
+    assert al.array([np.timedelta64(5, "ns"), dt.timedelta(1)]).to_numpy().astype(int).tolist() == [5, 86_400 * 10**9]
+    assert al.array([[np.timedelta64(5, "us")], []]).type == "list<duration[us]>"
+    for other in (5, 0.5, np.int64(5), "5"):
+        with pytest.raises(ValueError, match="cannot hold duration and|and duration values"):
+            al.array([np.timedelta64(5, "ns"), other])
+
+
+def test_arrowlite_times_beyond_64_bits_are_refused():
+    nano, year = np.datetime64(1, "ns"), np.datetime64("9000-01-01", "s")
+    for values in ([dt.timedelta.max], [dt.timedelta.min, None], [dt.timedelta(days=200_000_000)], [year, nano],
+                   [nano, year], [dt.datetime.max, nano], [nano, None, dt.datetime.max],
+                   [dt.timedelta(106_752), np.timedelta64(1, "ns")], [np.timedelta64(2**62, "s"), dt.timedelta(1)]):
+        with pytest.raises(ValueError, match="does not fit in 64 bits"):
+            al.array(values)
+    for values in ([np.timedelta64(1, "M"), np.timedelta64(1, "D")], [np.datetime64(1, "Y"), np.datetime64(1, "as")]):
+        with pytest.raises(ValueError, match="no common unit"):
+            al.array(values)
+    longest = dt.timedelta(microseconds=2**63 - 1)
+    for values in ([longest, -longest], [dt.datetime.min, dt.datetime.max], [dt.date.min, dt.date.max],
+                   [dt.datetime(2020, 1, 1, tzinfo=UTC)], [np.datetime64("2020", "ns"), np.datetime64("2021", "ns")]):
+        assert al.array(values).to_pylist() == values
+
+
 def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_path, capfd):
     rows = sample(1200)
     table = many_batches(rows, tmp_path, 100).with_column("x", np.arange(1200, dtype=np.int32))
