@@ -1014,7 +1014,8 @@ class Table(Column):
         {column: list}, and may change the number of rows if remove_columns names all that it leaves. batch_size=None is
         the whole table. workers: processes (forked, so fn may be any function)."""
         batch_size = max(1, len(self)) if batch_size is None else batch_size
-        job = functools.partial(_map_batch, self, fn, batched, batch_size, set(remove_columns))
+        removed = [remove_columns] if isinstance(remove_columns, str) else list(remove_columns)
+        job = functools.partial(_map_batch, self, fn, batched, batch_size, set(removed))
         if batch_size < 1 or workers < 0:
             raise ValueError(f"map: batch_size={batch_size} must be at least 1 and workers={workers} at least 0")
         starts = range(0, len(self), batch_size)
@@ -1025,7 +1026,7 @@ class Table(Column):
                 pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), setattr, (_work, "job", job))
                 stack.callback(pool.shutdown, cancel_futures=True)
                 results = pool.map(_work, starts)
-            return _gathered(_progress(results, len(starts)), self.drop(list(remove_columns)).schema)
+            return _gathered(_progress(results, len(starts)), self.drop(removed).schema)
 
 def _work(start: int) -> Table:
     try:

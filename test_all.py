@@ -1149,6 +1149,9 @@ def test_arrowlite_map_merges_keeps_types_and_is_the_same_over_processes(tmp_pat
     assert strict.map(lambda row: row | {"b": 2}).schema.field("a") == strict.schema.field("a")
     with pytest.raises(KeyError):
         table.map(add, remove_columns=["nope"])
+    letters = al.Table.from_pydict({"a": [1], "b": [2], "ab": [3]})
+    assert letters.map(lambda row: None, remove_columns="ab").column_names == ["a", "b"]    # one name, not two letters
+    assert letters.map(lambda row: {"c": 4}, remove_columns=("a", "b")).column_names == ["ab", "c"]
     with pytest.raises(Exception, match="terminated abruptly"):
         table.map(lambda row: os._exit(1) if row["x"] == 700 else {}, workers=2)
 
