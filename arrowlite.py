@@ -917,14 +917,20 @@ class Table(Column):
         for name in schema.names if schema else columns:
             with _naming(f"column {name!r}: "):
                 arrays[name] = array(columns[name], schema and schema.field(name).type)
-        for f in schema or ():
-            if not f.nullable and arrays[f.name].null_count:
-                raise ValueError(f"column {f.name!r} has nulls, which its schema forbids")
         lengths = {name: len(a) for name, a in arrays.items()}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"columns of different lengths: {lengths}")
         schema = schema or Schema({name: a.type for name, a in arrays.items()})
-        return cls(schema, [Array(schema.type, max(lengths.values(), default=0), None, arrays.values())])
+        return cls(schema, [Array(schema.type, max(lengths.values(), default=0), None, arrays.values())])._strict()
+
+    def _strict(self) -> Table:
+        """This table, if no column has nulls that may not."""
+        for f in self.schema:                           # rows are gathered, to be counted, only if a chunk has any
+            if not f.nullable and any(a.null_count for a in self[f.name].chunks) and self[f.name].null_count:
+                raise ValueError(f"column {f.name!r} has nulls, which its schema forbids")
+        return self
+
+    def cast(self, kind) -> Table: return super().cast(kind)._strict()
 
     @classmethod
     def from_pylist(cls, rows: list[dict], schema=None) -> Table:
@@ -1095,7 +1101,7 @@ def concat(tables: list[Table]) -> Table:
             if sum(sizes.values()) > np.iinfo(f.type.dtype).max:
                 fields[k] = replace(f, type=replace(f.type, index=Type("int32")))
     kind = replace(kind, fields=tuple(fields))
-    parts = [t.cast(kind) for t in tables]
+    parts = [Column.cast(t, kind) for t in tables]        # nothing is read: a column is strict if all were
     chunks = [(t.chunks, k) for t in parts for k in range(len(t.chunks))]
     whole = all(isinstance(t.rows, range) and len(t) == t.starts[-1] for t in parts)
     firsts = itertools.accumulate((t.starts[-1] for t in parts), initial=0)
@@ -1401,9 +1407,10 @@ class Writer:
     def __enter__(self) -> Writer: return self
     def close(self) -> None: self.__exit__(None, None, None)
     def __exit__(self, kind, error, trace) -> None:
-        if kind:
-            return self._stack.__exit__(kind, error, trace)
-        with self._stack:
+        stack, self._stack = self._stack, None                  # closed, even if what follows fails
+        if kind or not stack:
+            return stack and stack.__exit__(kind, error, trace)
+        with stack:
             self._put(struct.pack("<ii", -1, 0))
             if not self.stream:
                 blocks = [np.array(self.blocks[k], "<i8").reshape(-1, 3) for k in (_DICTIONARY, _BATCH)]
@@ -1413,6 +1420,8 @@ class Writer:
 
     def write(self, rows: Table | list[dict] | dict[str, list]) -> None:
         """Add a table, a list of rows or a dict of columns; its small pieces are joined to batches of 64 MB."""
+        if not self._stack:
+            raise ValueError("this Writer is closed; open a new one")
         if not isinstance(rows, Table):
             known = Table.from_pydict if isinstance(rows, dict) else Table.from_pylist
             rows = (Table.from_arrow if hasattr(rows, "__arrow_c_stream__") else known)(rows)

@@ -1298,6 +1298,43 @@ def test_arrowlite_writer_takes_the_columns_and_types_of_its_schema(tmp_path):
     assert al.read(path).to_pylist() == [] and al.read(path)["a"].type == "int8"
 
 
+def test_arrowlite_nulls_never_reach_a_column_that_may_have_none(tmp_path):
+    path, strict = tmp_path / "t.arrow", al.Schema([al.Field("a", "int64", nullable=False), ("b", "int8")])
+    table = al.concat([al.Table.from_pydict({"a": [0, 1]}), al.Table.from_pydict({"a": [2, None]})])
+    with al.Writer(path, strict) as writer:
+        for rows in ({"a": [1, None]}, [{"b": 1}], table, table.shuffle(0), pa.table({"a": [None, 1]})):
+            with pytest.raises(ValueError, match="column 'a' has nulls, which its schema forbids"):
+                writer.write(rows)
+            if isinstance(rows, al.Table):
+                with pytest.raises(ValueError, match="column 'a' has nulls, which its schema forbids"):
+                    rows.cast(strict.type)
+        whole = table.shuffle(0).filter(lambda row: row["a"] is not None)       # its chunks have a null, it has none
+        writer.write(whole)
+        writer.write({"a": [3]})
+    assert sorted(al.read(path)["a"].to_pylist()) == load(path)["a"].combine_chunks().sort().to_pylist() == [0, 1, 2, 3]
+    assert whole.cast(strict.type).schema.field("a").nullable is False and al.concat([whole.cast(strict.type)] * 2)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_arrowlite_a_writer_is_closed_once_and_takes_nothing_after_that(tmp_path, stream):
+    path, memory = tmp_path / "t.arrow", io.BytesIO()
+    for target in (path, memory):
+        with al.Writer(target, {"a": "int8"}, stream) as writer:
+            writer.write({"a": [1]})
+            writer.close()
+            size = os.path.getsize(path) if target is path else len(memory.getvalue())
+            with pytest.raises(ValueError, match="this Writer is closed; open a new one"):
+                writer.write({"a": [2]})
+        writer.close()
+        assert (os.path.getsize(path) if target is path else len(memory.getvalue())) == size
+        assert al.read(path)["a"].to_pylist() == [1] and os.listdir(tmp_path) == ["t.arrow"]
+    with pytest.raises(ZeroDivisionError):
+        with al.Writer(tmp_path / "none.arrow", {"a": "int8"}, stream) as writer:
+            raise ZeroDivisionError
+    writer.close()
+    assert os.listdir(tmp_path) == ["t.arrow"]
+
+
 def test_arrowlite_two_processes_read_one_file(tmp_path):
     path = tmp_path / "t.arrow"
     al.write(al.Table.from_pydict({"x": np.arange(100_000)}), path)
