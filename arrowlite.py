@@ -1935,8 +1935,11 @@ def main() -> None:
         parser.error("head and schema take files; convert takes two, IN and OUT")
     try:
         _convert(*args.files) if args.command == "convert" else _show(args.command, args.files, args.n)
+        sys.stdout.flush()
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        if args.command == "convert" or not isinstance(error, BrokenPipeError):
+            sys.exit(f"error: {error}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)        # `| head -1` has seen enough: what is left goes nowhere
 
 if __name__ == "__main__":
     main()

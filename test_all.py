@@ -1376,6 +1376,14 @@ def test_arrowlite_command_line(tmp_path):
         assert load(tmp_path / target).to_pylist() == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
     assert run("convert", tmp_path / "x.arrows", tmp_path / "y.jsonl")[0] == 0
     assert [json.loads(line) for line in open(tmp_path / "y.jsonl")] == [{"a": 1, "b": "é"}, {"a": None, "b": "x"}]
+    al.write(al.Table.from_pydict({"x": np.arange(50_000)}), tmp_path / "long.arrow")
+    for rows in (2, 50_000):                                    # what waits in a buffer till the end, and what does not
+        ours, closed = os.pipe()
+        os.close(ours)
+        command = [sys.executable, str(HERE / "arrowlite.py"), "head", str(tmp_path / "long.arrow"), "-n", str(rows)]
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE)
+        os.close(closed)
+        assert (done.returncode, done.stderr) == (0, b"")
     for args in (("schema", tmp_path / "none"), ("head", source),
                  ("convert", tmp_path / "none.jsonl", tmp_path / "z.arrow")):
         code, out, error = run(*args)
