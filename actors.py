@@ -1813,7 +1813,11 @@ def serve(sock_fd, arena_fd, listener_fd=None):
 def serve_node(config):
     """The process of another node: does what the hub says, reports what happens, ends when the hub is gone."""
     host, _, port = config["address"].rpartition(":")
-    sock = _connect((host, int(port)), bytes.fromhex(config["key"]))
+    try:
+        sock = _connect((host, int(port)), bytes.fromhex(config["key"]))
+    except (OSError, UnicodeError) as error:        # the latter: a host's name with a part of no or of 64 letters
+        refused = isinstance(error, PermissionError)
+        sys.exit(f"error: {error}" if refused else f"error: no hub answers at {config['address']}: {error}")
     sock.sendall(frame({name: config[name] for name in ("node", "resources", "store")}))
     config |= _first_message(sock)[0]
     loop = Loop()
@@ -2191,7 +2195,8 @@ def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     """A group of any lifetime lives until it is removed, or its driver ends."""
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
-    if not isinstance(bundles, (list, tuple)) or not bundles or not all(b and isinstance(b, dict) for b in bundles):
+    if not isinstance(bundles, (list, tuple)) or not bundles or not all(
+            isinstance(bundle, dict) and any(bundle.values()) for bundle in bundles):       # one of zeros is none
         raise ValueError("a placement group is a list of bundles, such as [{'CPU': 1}, {'GPU': 1, 'CPU': 2}]")
     client, units = _connected(), [_units(bundle) for bundle in bundles]
     group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
@@ -2457,8 +2462,12 @@ def main():
         demo()
         bench()
     else:
-        address = args.address or parser.error("which HOST:PORT?")
-        serve_node(_node_config() | {"address": address, "key": sys.stdin.readline().strip()})
+        if not (port := re.fullmatch(r".+:([0-9]{1,5})", args.address or "")) or not 0 < int(port[1]) < 2**16:
+            parser.error(f"which HOST:PORT? It is the address of a Cluster, not {args.address!r}")
+        key = sys.stdin.buffer.readline().strip().decode("ascii", "replace")
+        if not re.fullmatch(r"([0-9a-fA-F]{2})+", key):
+            parser.error("the first line of stdin has to be the key of the Cluster: hexadecimal digits")
+        serve_node(_node_config() | {"address": args.address, "key": key})
 
 if __name__ == "__main__":
     # Not as __main__: workers have to find the classes of this file under the name by which they import it.

@@ -2184,6 +2184,15 @@ def test_placement_groups_reserve_their_bundles(ray):
         ray.get(first.f.remote(), timeout=60)
 
 
+def test_bundles_of_nothing_are_refused(ray):
+    for bundles in ([{"CPU": 0}], [{"CPU": 1}, {"CPU": 0, "GPU": 0.0}], [{}], []):
+        with pytest.raises(ValueError):
+            ray.util.placement_group(bundles)
+    group = ray.util.placement_group([{"CPU": 1, "GPU": 0}])
+    assert group.wait(60)
+    ray.util.remove_placement_group(group)
+
+
 def test_actor_pool_spreads_and_orders(ray):
     @ray.remote
     class Actor:
@@ -3246,6 +3255,28 @@ def test_a_node_joins_by_command(cluster):
         finally:
             cluster.shutdown()                                  # the node ends when the hub does
         assert node.wait(10) == 0
+
+
+def test_a_node_that_cannot_join_says_why_in_a_sentence(cluster, monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        nobody = "127.0.0.1:%d" % free.getsockname()[1]             # when this is closed, that is
+    with pytest.raises(PermissionError):
+        small_ray._connect(("127.0.0.1", int(cluster.address.split(":")[1])), b"other")
+    for address, key, code, words in (
+            (None, b"", 2, "which HOST:PORT"), ("foo", b"", 2, "not 'foo'"), ("foo:", b"", 2, "not 'foo:'"),
+            (":80", b"", 2, "not ':80'"), ("localhost:99999", b"", 2, "not 'localhost:99999'"),
+            ("localhost:0", b"", 2, "which HOST:PORT"), (nobody, b"", 2, "the key of the Cluster"),
+            (nobody, b"no hex\n", 2, "the key of the Cluster"), (nobody, b"\xff\xfe\n", 2, "the key of the Cluster"),
+            (nobody, b"abc\n", 2, "the key of the Cluster"), (nobody, b"ab\n", 1, f"no hub answers at {nobody}:"),
+            ("a" * 64 + ".x:80", b"ab\n", 1, "error: no hub answers at aaa"),
+            (cluster.address, b"ab\n", 1, f"error: the hub at {cluster.address} refused the key")):
+        monkeypatch.setattr(sys, "argv", ["actors.py", "node", *([address] if address else [])])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(key)))
+        with pytest.raises(SystemExit) as caught:
+            small_ray.main()
+        said = capsys.readouterr().err if code == 2 else caught.value.code      # which Python prints, and exits with 1
+        assert words in said and (caught.value.code == 2) == (code == 2)
+    assert len(small_ray.nodes()) == 1
 
 
 def test_hello_in_pieces_is_heard(cluster):
