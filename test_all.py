@@ -90,6 +90,67 @@ def in_child(function, *args, timeout=60):
     return value
 
 
+# What the sections below share.
+
+def gpu(test):
+    """For a test that needs a GPU: `pytest -m gpu` runs these alone."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def until(condition, seconds=20):
+    """Wait for something that should soon be true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def _rank(rank, world, store, results, function, args):
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        results.put((rank, True, pickle.dumps(function(*args))))    # bytes: shared memory would die with us
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def on_ranks(world, function, *args, timeout=100):
+    """What function(*args) returns in each of as many forked processes, which are one group."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        children = [context.Process(target=_rank, args=(rank, world, f"{folder}/store", results, function, args),
+                                    daemon=True) for rank in range(world)]
+        try:
+            for child in children:
+                child.start()
+            found, deadline = {}, time.monotonic() + timeout
+            while len(found) < world:
+                rank, fine, value = results.get(timeout=max(0.1, deadline - time.monotonic()))
+                assert fine, f"rank {rank}:\n{value}"
+                found[rank] = pickle.loads(value)
+            for child in children:
+                child.join(10)
+        finally:
+            for child in children:
+                child.kill()
+    return [found[rank] for rank in range(world)]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
 # --- arrowlite.py ----------------------------------------------------------------------------------------------------
 
 pa = pytest.importorskip("pyarrow")
@@ -3384,7 +3445,6 @@ def test_an_actor_that_is_there_needs_no_arguments(small):
 
 # --- kernels.py ------------------------------------------------------------------------------------------------------
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 LENGTHS = [1, 7, 63, 64, 65, 200]
 
 
@@ -4034,39 +4094,6 @@ def test_the_demo_checks_every_kernel():
 
 
 # --- parallel.py -----------------------------------------------------------------------------------------------------
-
-def _rank(rank, world, store, results, function, args):
-    torch.set_num_threads(1)
-    try:
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-        results.put((rank, True, pickle.dumps(function(*args))))    # bytes: shared memory would die with us
-        dist.destroy_process_group()
-    except BaseException:
-        results.put((rank, False, traceback.format_exc()))
-
-
-def on_ranks(world, function, *args, timeout=100):
-    """What function(*args) returns in each of as many forked processes, which are one group."""
-    context = multiprocessing.get_context("fork")
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        children = [context.Process(target=_rank, args=(rank, world, f"{folder}/store", results, function, args),
-                                    daemon=True) for rank in range(world)]
-        try:
-            for child in children:
-                child.start()
-            found, deadline = {}, time.monotonic() + timeout
-            while len(found) < world:
-                rank, fine, value = results.get(timeout=max(0.1, deadline - time.monotonic()))
-                assert fine, f"rank {rank}:\n{value}"
-                found[rank] = pickle.loads(value)
-            for child in children:
-                child.join(10)
-        finally:
-            for child in children:
-                child.kill()
-    return [found[rank] for rank in range(world)]
-
 
 SMALL = dict(vocab_size=101, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
@@ -4972,14 +4999,6 @@ FULL = dict(temperature=1.0, max_tokens=20, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
 def tiny(tmp_path_factory, one_thread):
     return str(P.tiny_model(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2, hidden_size=64, intermediate_size=96,
                             initializer_range=0.1))
@@ -5831,11 +5850,6 @@ def smollm2_tokenizer():
 def lean(tmp_path_factory):
     """A model directory small enough for tests, with a tokenizer of bytes."""
     return str(P.tiny_model(tmp_path_factory.mktemp("lean")))
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 def talk(*turns):
@@ -7840,13 +7854,6 @@ def started(c, marker, ranks=1):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def until(condition, seconds, what):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen in {seconds} s"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nobody_outlives_a_killed_driver_and_resume_goes_on_bit_by_bit(vivid, task, tmp_path, ranks):
@@ -7856,23 +7863,23 @@ def test_nobody_outlives_a_killed_driver_and_resume_goes_on_bit_by_bit(vivid, ta
     marker, shm = f"ppo-{os.getpid()}-{ranks}", set(os.listdir("/dev/shm"))
     checkpoints = Path(c.out, "checkpoints", "policy")
     run = started(c, marker, ranks)
-    until(lambda: (checkpoints / "000001").exists(), 120, "the first checkpoint")
+    until(lambda: (checkpoints / "000001").exists(), 120)
     everyone = family(marker)
     trainers = [p for p in everyone if b"ppo.py" in Path(f"/proc/{p}/cmdline").read_bytes() and p != run.pid]
     os.kill(run.pid if ranks == 1 else trainers[-1], signal.SIGKILL)
-    until(lambda: not family(marker), 10, "the end of all processes")
+    until(lambda: not family(marker), 10)
     assert run.wait(1) != 0 and len(everyone) >= 4 + ranks
 
     run = started(replace(c, resume=True), marker, ranks)
-    until(lambda: list(checkpoints.glob("*000003*")), 120, "the beginning of the third checkpoint")
+    until(lambda: list(checkpoints.glob("*000003*")), 120)
     for process in family(marker):
         os.kill(process, signal.SIGKILL)
-    until(lambda: not family(marker), 10, "the end of all processes")
+    until(lambda: not family(marker), 10)
 
     run = started(replace(c, resume=True), marker, ranks)
     output = run.communicate(timeout=120)[0]
     assert run.returncode == 0, output
-    until(lambda: not family(marker), 10, "the end of all processes")
+    until(lambda: not family(marker), 10)
     assert set(os.listdir("/dev/shm")) <= shm
     calm = started(replace(c, out=str(tmp_path / "calm")), marker, ranks)
     output = calm.communicate(timeout=120)[0]
