@@ -5,75 +5,71 @@
        |        trainer ranks: logprobs prox, reference, values --> advantages --> update critic, policy
        +------------ weights v+1: one object in shared memory, read without a copy <--+
 
-`train` is the loop and `learn` the algorithm. Generators and judges are actors. Rank 0 of the trainers asks for batches
-ahead of time, and the weights to use are an argument of each request: a generator that was started again has the right
-ones, and there is no second way to synchronise.
-
-    staleness 0     generate, train, generate, train: plain PPO, bit-exact from run to run
-    staleness 1     batch t+1 is generated while batch t is trained on: all lag by 1, a batch is of one version
-    staleness k     k batches ahead; running responses go on under new weights, so each token notes its own version
-
-The trainer's kernels are not the engine's, and after a few batches neither are its weights. So there are three
-distributions: mu, which a token was drawn from, by the engine's word; prox, the trainer's own before an update; and pi,
-which is being trained. pi / prox is what PPO clips, and min(prox / mu, C) weighs it (arXiv 2505.24298).
+`train` is the loop, `learn` the algorithm. Rank 0 of the trainers asks for batches ahead of time (at staleness k, batch
+t+k is generated while batch t is trained on), and the weights to use are an argument of each call. There are three
+distributions: mu, which a token was drawn from; prox, the trainer's before an update; and pi, which is being trained.
+pi / prox is what PPO clips, and min(prox / mu, C) weighs it (arXiv 2505.24298). On a GPU the engine computes what the
+trainer computes, to the bit, so for a batch of the current weights prox IS mu. That is checked on the first such batch
+and then relied upon: later ones are not measured again, and what is logged of the others is lag alone.
 
 Public names: Config, train; the mathematics as pure functions (gae, whiten, group_advantages, kl_estimate, correction,
-token_rewards, overlong_penalty, OBJECTIVES, policy_loss, value_loss, loss_weights); lay_out, measure, estimate, update.
+token_rewards, overlong_penalty, policy_loss, value_loss, loss_weights); lay_out, measure, estimate, update, learn.
 
     python ppo.py                                                       the demo: SFT, then PPO, on arithmetic
     python ppo.py --model DIR --data F.jsonl --out RUN                  one GPU, which trainer and engine share
-    torchrun --standalone --nproc-per-node 4 ppo.py --tp 2 --pp 2 ...   4 GPUs train, the others generate
-    python ppo.py --rollout-only --steps 1 ... ; python ppo.py --replay RUN/rollouts/000000.arrow ...
-    python evaluate.py show RUN/rollouts/000000.arrow                   reads them as a person would
+    torchrun --standalone --nproc-per-node 4 ppo.py --model ...         8 GPUs: 4 train by dp, the others generate
+    python ppo.py --reward mine.py:score --graders 0 ...                a breakpoint() in the reward works
 """
 from __future__ import annotations
 
-import asyncio, importlib.util, math, os, random, shutil, socket, sys, tempfile, time, warnings
-from collections import Counter, deque
-from contextlib import closing
-from dataclasses import dataclass, field
+import importlib
+import math
+import os
+import runpy
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
-import actors, arrowlite, parallel, sft
-from engine import LLM, SamplingParams
-from evaluate import Graders, arithmetic, chat_prompts, load_problems
-from parallel import AdamW, Mesh, Qwen3, init, latest, load, local_folder, run, save, tiny_model
+import arrowlite
+import engine  # noqa: F401 (which sets the matrix products that CUDA takes: trainer and engine agree)
+import parallel
+import sft
+from evaluate import Generator, arithmetic, chat_prompts, extract, grade, load_problems
+from parallel import AdamW, Qwen3, arguments, mistakes
 
 # --- settings --------------------------------------------------------------------------------------------------------
-
 @dataclass
 class Config:
-    """The defaults are those of Qwen3-0.6B on eight GPUs, four of which generate."""
+    """The defaults are those of Qwen3-0.6B. Of several GPUs half train, by dp, and the others generate."""
     model: str = ""                 # a Hugging Face directory or hub id: the policy, and the critic's beginning
     data: str = ""                  # problems with answers, as evaluate.py reads them: .jsonl, .arrow, a hub id
-    eval_data: str = ""             # others that are held out, for a score every eval_every steps; math500, say
+    eval_data: str = ""             # problems for a score every eval_every steps; empty: some of --data are held out
+    held_out: int = 100             # every so-many-th of --data, if --eval_data is empty; 0: none
     out: str = ""                   # metrics.jsonl, curves.png, rollouts/, checkpoints/, and in the end model/
     resume: bool = False            # go on from the newest checkpoint in --out
     # the task
-    reward: str = "math"            # or FILE.py:function, where function(response: str, row: dict) -> float
-    #                                 row: its own columns, and of ours (problem, answer, prompt, ..) those it lacks
-    batch: int = 256                # prompts a step
-    samples: int = 1                # responses a prompt
-    max_prompt: int = 1024          # tokens
+    reward: str = "math"  # or FILE.py:function(response, row); row: problem, gold, answer, prompt, ..., your columns
+    batch: int = 128                # prompts a step
+    samples: int = 8                # responses a prompt
+    max_prompt: int = 1024          # tokens; longer prompts are left out
     max_response: int = 3072        # tokens
     temperature: float = 1.0        # divides logits, in the engine and in the loss alike
-    truncated: Literal["end", "bootstrap", "mask"] = "end"      # a response that was cut off: has what reward it got |
-    #                                 goes on, and is worth what the critic says | teaches nothing
     overlong_buffer: int = 0        # tokens before max_response over which the reward falls by up to 1 (DAPO)
-    drop_equal: bool = False        # leave out prompts whose responses all got the same reward (DAPO)
     # the algorithm
     advantage: Literal["gae", "grpo", "rloo", "reinforce++"] = "gae"        # gae: PPO, with a critic
-    objective: Literal["ppo", "gspo", "cispo"] = "ppo"
-    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-norm"] = "token-mean"
+    aggregate: Literal["token-mean", "seq-mean-token-mean"] = "token-mean"  # tokens | responses count the same
     gamma: float = 1.0              # discount a token (gae)
     lam: float = 1.0                # lambda of gae: 1 trusts returns, 0 the critic
     clip_low: float = 0.2           # pi / prox has an effect within [1 - clip_low, 1 + clip_high]
@@ -81,818 +77,642 @@ class Config:
     dual_clip: float = 3.0          # bounds the loss of an action with a negative advantage; 0: does not
     cap: float = 2.0                # C of min(prox / mu, C)
     kl: Literal["none", "k1", "k2", "k3"] = "none"  # to the model at the start; k1 in the reward, k2 and k3 in the loss
-    kl_coef: float = 0.001
-    entropy_coef: float = 0.0
-    value_clip: float = 0.2         # how far a value may move in a step; 0: anywhere
-    critic_warmup: int = 0          # steps in which only the critic learns (gae)
+    kl_coef: float = 0.001          # how dear it is
+    entropy_coef: float = 0.0       # how dear it is to be sure
+    critic_warmup: int = 5          # steps in which only the critic learns (gae)
     minibatches: int = 4            # optimizer steps a batch and epoch
-    epochs: int = 1
-    steps: int = 300
-    lr: float = 1e-6                # of the policy
-    critic_lr: float = 1e-5         # its head begins at 0
+    epochs: int = 1                 # times that a batch is learned from
+    steps: int = 300                # batches
+    lr: float = 2e-6                # of the policy
+    critic_lr: float = 1e-5         # of the critic, whose head begins at 0
     warmup: int = 10                # steps over which both rise
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0       # of matrices
     clip: float = 1.0               # largest norm of a gradient
-    seed: int = 0
+    seed: int = 0                   # the same seed gives the same run
     # the machine
     staleness: int = 1              # batches that are generated ahead
-    runtime: Literal["", "inline", "actors", "ray"] = ""        # empty: inline (one process) if no GPU is left over
-    generators: int = 0             # 0: as many as there are GPUs left over, or one
+    runtime: Literal["actors", "ray"] = "actors"    # what generators and judges run on
+    generators: int = 0             # 0: one for each GPU without a trainer (let half of them train), or one beside it
     generator_tp: int = 1           # GPUs a generator
-    graders: int = 4                # processes
-    memory: float = 0.85            # share of a GPU that an engine takes
-    pp: int = 1
-    tp: int = 1
+    graders: int = 4                # processes; 0: rewards are made in the trainer's, where a breakpoint() works
+    memory: float = 0.0             # share of a GPU that an engine takes; 0: 0.85, or 0.4 beside a trainer
+    pp: int = 1                     # pipeline stages of the trainers
+    tp: int = 1                     # parts of each layer
     micro_tokens: int = 16384       # tokens that are trained on at once, on a rank
     recompute: bool = False         # activations, layer by layer: less memory, a third more work
     device: str = ""                # cuda, cpu; empty: cuda if there is one
     dtype: str = ""                 # float32, bfloat16, float64; empty: what suits the device
-    save_every: int = 50
+    save_every: int = 50            # steps from one checkpoint to the next
     keep: int = 2                   # checkpoints
     log_every: int = 10             # steps from one line on the screen to the next; metrics.jsonl has them all
-    eval_every: int = 10
+    eval_every: int = 10            # steps from one score to the next
     eval_temperature: float = 0.0   # 0: greedy
-    wandb: str = ""                 # a project
-    rollout_only: bool = False      # generate and grade, and do not train
-    replay: str = ""                # train once, on this file of rollouts, and do not generate
+    wandb: str = ""                 # a Weights & Biases project to report to
 
-# --- the mathematics: everything is [rows, slots] --------------------------------------------------------------------
+# --- the mathematics -------------------------------------------------------------------------------------------------
+# An action is a token that the model chose. The responses of a batch are rows, sorted by prompt, and what is known of
+# their actions lies end to end, [actions], with lengths [rows]: there is no padding that could be learned from.
 
-# A row is one response, a slot of it a token that the model chose (an action); `mask` tells actions from padding.
-# Whatever stands in other slots must not matter, be it NaN or 1e9, so every function begins by replacing it: x * mask
-# would keep a NaN, and a torch.where at the end would still let it into the gradient.
+def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
+    """A_t = sum_l (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t  (arXiv 1506.02438, eq. 16)."""
+    rewards = pad_sequence(rewards.split(lengths.tolist()))         # [slots, rows], 0 behind the end of a row
+    values = pad_sequence(values.split(lengths.tolist()))
+    advantages = torch.zeros_like(values)
+    ahead = torch.zeros_like(values[0])                             # [rows], A of the slot behind
+    following = torch.zeros_like(values[0])                         # and V: the end is worth nothing
+    for t in reversed(range(len(values))):
+        delta = rewards[t] + gamma * following - values[t]
+        ahead = delta + gamma * lam * ahead
+        following = values[t]
+        advantages[t] = ahead
+    present = torch.arange(len(values)) < lengths[:, None]          # [rows, slots]
+    return advantages.T[present]
 
-def clean(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
-    return [torch.where(mask, x, torch.zeros_like(x)) for x in tensors]
+def whiten(x: Tensor) -> Tensor:
+    """Mean 0, variance 1 over all actions of the batch: not of a rank, nor of a micro-batch."""
+    x = x - x.mean()
+    return x * (x.square().mean() + 1e-8).rsqrt()
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, last_value: Tensor, gamma: float, lam: float) -> Tensor:
-    """A_t = sum_l (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t  (arXiv 1506.02438, eq. 16). Slots
-    that do not count are stepped over. last_value [rows] is V behind the last action: 0, unless it goes on there."""
-    rewards, values = clean(mask, rewards, values)
-    advantages, ahead, following = torch.zeros_like(values), torch.zeros_like(last_value), last_value
-    for t in reversed(range(mask.shape[1])):
-        delta = rewards[:, t] + gamma * following - values[:, t]
-        ahead = torch.where(mask[:, t], delta + gamma * lam * ahead, ahead)
-        following = torch.where(mask[:, t], values[:, t], following)
-        advantages[:, t] = ahead
-    return clean(mask, advantages)[0]
-
-def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0, variance 1 over all that the mask of the batch has: not of a rank, nor of a micro-batch."""
-    count, (x,) = mask.sum().clamp(min=1), clean(mask, x)
-    x, = clean(mask, x - x.sum() / count)
-    return x * (x.square().sum() / count + 1e-8).rsqrt()
-
-def group_advantages(kind: str, rewards: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
-    """Responses to one prompt are measured against each other, so that no critic is needed. groups [rows] numbers the
-    prompts, which may have different numbers of rows. R is the sum of a row's rewards.
-    grpo         (R - mean) / std of the group                         (arXiv 2402.03300, 4.1.2)
-    rloo         R - mean of the others = (R - mean) n / (n - 1)       (arXiv 2402.14740, eq. 6)
-    reinforce++  sum of the rewards from here on, minus the mean if there are others; whitened   (arXiv 2501.03262)
-    For the first two, a row that is alone in its group says nothing: 0."""
-    rewards, = clean(mask, rewards)
-    score = rewards.sum(1)                                                  # [rows]
-    members = torch.nn.functional.one_hot(groups).to(score)                 # [rows, groups]
-    def total(x):                                                           # of a row's group, at each of its rows
-        return (x @ members)[groups]                                        # index_add would sum in any order on a GPU
-    count = total(torch.ones_like(score))
-    mean, others = total(score) / count, (count - 1).clamp(min=1)
-    if kind == "reinforce++":
-        to_come = rewards.flip(1).cumsum(1).flip(1)
-        return whiten(to_come - torch.where(count > 1, mean, 0)[:, None], mask)
-    above = score - mean
-    scale = 1 / ((total(above.square()) / others).sqrt() + 1e-6) if kind == "grpo" else count / others
-    return clean(mask, (above * scale)[:, None].expand(mask.shape))[0]
+def group_advantages(kind: str, scores: Tensor, samples: int) -> Tensor:
+    """Responses to one prompt are measured against each other, so that no critic is needed. [rows] -> [rows]."""
+    group = scores.view(-1, samples)                                # [prompts, samples]
+    above = group - group.mean(1, keepdim=True)
+    if kind == "grpo":                                              # arXiv 2402.03300, 4.1.2
+        above = above / (group.std(1, keepdim=True) + 1e-6)
+    if kind == "rloo":                                              # the mean of the others, arXiv 2402.14740, eq. 6
+        above = above * samples / (samples - 1)
+    return above.flatten()
 
 def kl_estimate(kind: str, logprobs: Tensor, reference: Tensor) -> Tensor:
     """KL(pi || reference) a token, from samples of pi (joschu.net/blog/kl-approx.html). All three are right on average,
     but gradients are another matter: that of k1 is 0 on average (so k1 belongs into the reward, where it works out as
     the gradient of KL), that of k2 is the gradient of KL(pi || reference), that of k3 of KL(reference || pi)."""
     d = logprobs - reference
-    return {"k1": d, "k2": d.square() / 2, "k3": torch.exp(-d) - 1 + d}[kind]
+    if kind == "k1":
+        return d
+    if kind == "k2":
+        return d.square() / 2
+    return torch.exp(-d) - 1 + d
 
 def overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
     """0 down to -1 over the last `buffer` tokens (DAPO, arXiv 2503.14476, eq. 13)."""
-    return -((lengths - (longest - buffer)) / max(buffer, 1)).clamp(0, 1) if buffer else torch.zeros_like(lengths)
+    return -((lengths - (longest - buffer)) / max(1, buffer)).clamp(0, 1)
 
-def token_rewards(score: Tensor, mask: Tensor, penalty: Tensor | None = None) -> Tensor:
-    """[rows, slots]: the score [rows] on the last action of a row, minus a penalty for each action."""
-    slots = torch.arange(mask.shape[1], device=mask.device)
-    last = torch.where(mask, slots, -1).amax(1, keepdim=True)
-    rewards = torch.where(slots == last, score[:, None], 0)
-    return rewards if penalty is None else rewards - clean(mask, penalty)[0]
+def token_rewards(scores: Tensor, lengths: Tensor) -> Tensor:
+    """[actions]: the score [rows] on the last action of a row, 0 elsewhere."""
+    rewards = scores.new_zeros(int(lengths.sum()))
+    rewards[lengths.cumsum(0) - 1] = scores
+    return rewards
 
-def correction(prox: Tensor, mu: Tensor, mask: Tensor, cap: float) -> Tensor:
+def correction(prox: Tensor, mu: Tensor, cap: float) -> Tensor:
     """The detached weight min(prox / mu, C): samples of mu, weighed as if they came from prox."""
-    prox, mu = clean(mask, prox, mu)
     return (prox - mu).exp().clamp(max=cap).detach()
 
-# Objectives: what a token loses under the policy, and whether it is clipped. log r = log pi - log prox.
-
-def ppo_objective(log_ratio: Tensor, logprobs: Tensor, advantages: Tensor, mask: Tensor, c) -> tuple[Tensor, Tensor]:
-    """-min(r A, clip(r) A), at most -C A where A < 0 (arXiv 1707.06347, eq. 7; the dual clip: arXiv 1912.09729)."""
-    ratio = log_ratio.exp()
-    free, clipped = ratio * advantages, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * advantages
-    gain = torch.minimum(free, clipped)
+def policy_loss(logprobs: Tensor, entropy: Tensor, part: dict, c: Config) -> tuple[Tensor, Tensor]:
+    """The loss of each action, and which are clipped: -min(r A, clip(r) A), at most -C A where A < 0 (arXiv 1707.06347,
+    eq. 7; the dual clip: arXiv 1912.09729). `part` has what is fixed during an update."""
+    advantages = part["advantages"]
+    ratio = (logprobs - part["prox"]).clamp(-20, 20).exp()          # exp(20): beyond any clip, not beyond fp32
+    free = ratio * advantages
+    gain = torch.minimum(free, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * advantages)
     if c.dual_clip:
         gain = torch.where(advantages < 0, torch.maximum(gain, c.dual_clip * advantages), gain)
-    return -gain, gain != free
-
-def gspo_objective(log_ratio, logprobs, advantages, mask, c) -> tuple[Tensor, Tensor]:
-    """PPO with one ratio a response, the geometric mean of its tokens' ratios (arXiv 2507.18071, eq. 5 to 7)."""
-    mean = clean(mask, log_ratio)[0].sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
-    return ppo_objective(mean.expand(mask.shape), logprobs, advantages, mask, c)
-
-def cispo_objective(log_ratio, logprobs, advantages, mask, c) -> tuple[Tensor, Tensor]:
-    """-sg(clip(r)) A log pi: a clipped token still has a gradient (arXiv 2506.13585, eq. 4, 5)."""
-    ratio = log_ratio.detach().exp()
-    clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
-    return -clipped * advantages * logprobs, clipped != ratio
-
-OBJECTIVES = {"ppo": ppo_objective, "gspo": gspo_objective, "cispo": cispo_objective}
-
-def policy_loss(logprobs: Tensor, entropy: Tensor, part: dict, c: Config) -> tuple[Tensor, Tensor]:
-    """The loss of each action, and which are clipped. `part` is what is fixed during an update, all [rows, slots]."""
-    mask = part["mask"]
-    logprobs, entropy, prox, advantages = clean(mask, logprobs, entropy, part["prox"], part["advantages"])
-    log_ratio = (logprobs - prox).clamp(-20, 20)                            # exp(20): beyond any clip, not beyond fp32
-    loss, clipped = OBJECTIVES[c.objective](log_ratio, logprobs, advantages, mask, c)
-    loss = loss * correction(prox, part["mu"], mask, c.cap) - c.entropy_coef * entropy
+    loss = -gain * correction(part["prox"], part["mu"], c.cap) - c.entropy_coef * entropy
     if c.kl in ("k2", "k3"):
-        loss = loss + c.kl_coef * kl_estimate(c.kl, logprobs, clean(mask, part["reference"])[0])
-    return torch.where(mask, loss, 0), clipped & mask
+        loss = loss + c.kl_coef * kl_estimate(c.kl, logprobs, part["reference"])
+    return loss, gain != free
 
-def value_loss(values: Tensor, part: dict, c: Config) -> tuple[Tensor, Tensor]:
-    """Half the squared error; with value_clip the larger of it and that of a value within reach of the old one."""
-    mask = part["mask"]
-    values, old, returns = clean(mask, values, part["values"], part["returns"])
-    error = (values - returns).square()
-    near = (old + (values - old).clamp(-c.value_clip, c.value_clip) - returns).square() if c.value_clip else error
-    return torch.maximum(error, near) / 2, (near > error) & mask
+def value_loss(values: Tensor, returns: Tensor) -> Tensor:
+    return (values - returns).square() / 2
 
-def loss_weights(mask: Tensor, how: str, longest: int) -> Tensor:
-    """What each action's loss is multiplied by, so that the plain sum over all micro-batches and ranks is the loss of
-    the minibatch. `mask` is that of the whole minibatch: a mean of means would not be the mean."""
-    lengths = mask.sum(1, keepdim=True).clamp(min=1)
-    rows = mask.any(1).sum().clamp(min=1)
-    divisor = {"token-mean": mask.sum().clamp(min=1), "seq-mean-token-mean": rows * lengths,
-               "seq-mean-token-sum": rows, "seq-mean-token-norm": rows * longest}[how]
-    return mask.double() / divisor
+def loss_weights(lengths: Tensor, how: str) -> Tensor:
+    """[actions]: what the losses of a minibatch are multiplied by, for their sum over all ranks to be its loss."""
+    row = lengths.double().repeat_interleave(lengths)               # [actions], the length of its row
+    if how == "token-mean":
+        return torch.full_like(row, 1 / len(row))
+    return 1 / (len(lengths) * row)
 
-# --- rollouts: an Arrow file a batch, and what training sees of it ---------------------------------------------------
+# --- a batch: what training sees of a file of rollouts ---------------------------------------------------------------
+def lay_out(table: arrowlite.Table) -> dict:
+    """The columns as tensors, all on each rank and on the CPU: they are small, advantages need the whole batch, and
+    sums come in one order. An action is read at the position before it: its logprob, and the value of the state there.
 
-def lay_out(table: arrowlite.Table, device) -> dict:
-    """The columns as tensors, all on each rank: they are small, and advantages need the whole batch. Slot t of a row is
-    read at the position before its t-th action: the logprob of the action, and the value of the state that it met.
-
-        tokens     p  p  p  a  b  c  E         E ends the sequence: an action like any other
-        position   0  1  2  3  4  5  6
-        slot             0  1  2  3  4         a is action 0, and is read at position 2
-        mask             1  1  1  1  0         slot 4 is the state behind the last action: it has a value, no action
+        tokens     p  p  p  a  b  c  E      E ends the sequence: an action like any other
+        learned    0  0  0  1  1  1  1      a is action 0 of its row, and is read at the last p
     """
-    prompts, responses = table["prompt_ids"].to_torch(), table["response_ids"].to_torch()
-    lengths = torch.tensor([len(ids) for ids in responses])
-    slots = torch.arange(int(lengths.max()) + 1)
-    def padded(name):
-        out = torch.zeros(len(lengths), len(slots), dtype=torch.float64)    # fp64: a few numbers a token cost nothing
-        for row, values in zip(out, table[name].to_torch()):
-            row[:len(values)] = values
-        return out.to(device)
+    tokens = []
+    learned = []
+    for prompt, response in zip(table["prompt_ids"].to_numpy(), table["response_ids"].to_numpy()):
+        tokens.append(np.concatenate([prompt, response]))
+        learned.append(np.arange(len(tokens[-1])) >= len(prompt))
+    lengths = torch.tensor(table["response_ids"].lengths())
+    reasons = np.array(table["finish_reason"].to_pylist())
     return {
-        "tokens": [torch.cat([p, r]).long() for p, r in zip(prompts, responses)],
-        "prompt_lens": [len(ids) for ids in prompts],
-        "lengths": lengths.to(device),                                      # [rows], actions
-        "mask": (slots < lengths[:, None]).to(device),                      # [rows, slots], as all that follow
-        "filled": (slots <= lengths[:, None]).to(device),
-        "mu": padded("logprobs"), "versions": padded("versions"),
-        "score": torch.tensor(table["reward"].to_pylist(), dtype=torch.float64, device=device),
-        "cut": torch.tensor([reason == "length" for reason in table["finish_reason"].to_pylist()], device=device),
-        "groups": torch.tensor(np.unique(table["group"].to_pylist(), return_inverse=True)[1], device=device)}
+        "tokens": tokens,                                                           # a list of rows, as the next two
+        "learned": learned,
+        "places": torch.arange(int(lengths.sum())).split(lengths.tolist()),         # of a row's actions
+        "lengths": lengths,                                                         # [rows], as the next two
+        "score": torch.tensor(table["reward"].to_numpy()).double(),
+        "cut": torch.tensor(reasons == "length"),
+        "mu": torch.tensor(table["logprobs"].flatten().to_numpy()).double(),        # [actions], as the next
+        "versions": torch.tensor(table["versions"].flatten().to_numpy())}
+FIXED = "prox", "mu", "reference", "advantages", "returns", "weights"               # [actions]
 
-def micro_batches(batch: dict, rows: list[int], mesh: Mesh, capacity: int) -> list[dict]:
+def micro_batches(batch: dict, rows, mesh, capacity: int) -> list[dict]:
     """This rank's share of some rows, in packs of up to `capacity` tokens, or of the longest row if that is more."""
     sizes = [len(batch["tokens"][row]) for row in rows]
-    packs = sft.pack(sizes, max(capacity, *sizes), mesh.dp)[mesh.dp_rank::mesh.dp]
-    return [micro_batch(batch, [rows[i] for i in pack]) for pack in packs if pack]
-
-def micro_batch(batch: dict, rows: list[int]) -> dict:
-    tokens, prompt_lens = ([batch[name][row] for row in rows] for name in ("tokens", "prompt_lens"))
-    ends = np.cumsum([0] + [len(x) for x in tokens])
-    return {"tokens": torch.cat(tokens), "positions": torch.cat([torch.arange(len(x)) for x in tokens]),
-            "cu_seqlens": torch.tensor(ends, dtype=torch.int32), "max_seqlen": max(map(len, tokens)),
-            "at": torch.cat([torch.arange(start + n - 1, end) for start, end, n in zip(ends, ends[1:], prompt_lens)]),
-            "targets": torch.cat([torch.cat([x[n:], torch.tensor([-100])]) for x, n in zip(tokens, prompt_lens)]),
-            "rows": torch.tensor(rows)}     # at and targets, [slots in use]: where to read, and the action there
-
-# --- the other processes: generators and judges ----------------------------------------------------------------------
-
-class Generator:
-    """One engine, or one rank of a tensor-parallel one. Calls overlap: their requests run in one batch, and every call
-    turns the engine until its own are done. Weights come with a call; newer ones hold for what runs already, too."""
-    def __init__(self, model: str, tp: int, options: dict):
-        if not torch.cuda.is_available():
-            torch.set_num_threads(1)                    # processes share the cores
-        self.llm, self.tp = LLM(model, tensor_parallel_size=tp, **options), tp
-        self.inbox, self.received, self.begun, self.running, self.version = deque(), 0, 0, {}, -1
-
-    async def generate(self, samples: list[dict], sampling: dict, weights: dict) -> list[dict]:
-        """The samples, with what was generated and the logprob (mu) of each token where it was drawn."""
-        began = time.time()
-        self.inbox.append((samples, sampling, weights))
-        self.received += 1
-        while any("response_ids" not in sample for sample in samples):
-            self.llm.wake()
-            while self.begun < self.agreed():
-                self.begin(*self.inbox.popleft())
-            for output in self.llm.step():
-                self.end(self.running.pop(output.request_id), output.outputs[0])
-            await asyncio.sleep(0)                      # here other calls come in, and take their turns
-        return [sample | {"began": began, "ended": time.time()} for sample in samples]
-
-    def agreed(self) -> int:
-        """Calls that have reached every rank. All ranks must begin a call at the same step of the engine, or their
-        schedules would part; and messages do not arrive everywhere at the same time."""
-        if self.tp == 1:
-            return self.received
-        count = torch.tensor(self.received, device=self.llm.mesh.device)
-        dist.all_reduce(count, dist.ReduceOp.MIN, self.llm.mesh.tp_group)
-        return int(count)
-
-    def begin(self, samples: list[dict], sampling: dict, weights: dict) -> None:
-        self.begun += 1
-        if weights["version"] > self.version:           # calls that a restart repeats come in any order
-            self.version = weights["version"]
-            self.llm.update_weights(unpack_weights(weights), version=self.version)
-        for sample in samples:
-            params = SamplingParams(seed=sample["seed"], **sampling)
-            self.running[self.llm.add_request(sample["prompt_ids"], params)] = sample
-
-    def end(self, sample: dict, output) -> None:
-        sample |= {"response": output.text, "finish_reason": output.finish_reason,
-                   "response_ids": np.array(output.token_ids, np.int32),
-                   "logprobs": np.array(output.logprobs, np.float32), "versions": np.array(output.versions, np.int32)}
-
-def pack_weights(model: Qwen3, version: int) -> dict:
-    """The whole model as bytes on the CPU, at rank 0. numpy arrays are what actors and Ray share without a copy."""
-    tensors = {}
-    for name, x in model.hf_tensors() if model.mesh.dp_rank == 0 else ():       # gathered over tp and pp
-        if model.mesh.rank == 0:
-            x = x.detach().to("cpu", copy=True).contiguous()
-            tensors[name] = x.flatten().view(torch.uint8).numpy(), x.dtype, x.shape
-    return {"version": version, "tensors": tensors}
-
-def unpack_weights(weights: dict) -> dict[str, Tensor]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*not writable.*")                   # they are only copied from
-        return {name: torch.from_numpy(data).view(dtype).view(shape)
-                for name, (data, dtype, shape) in weights["tensors"].items()}
-
-class Judge:
-    """Gives responses their rewards. Those of `math` are made by evaluate.py's graders, in processes of their own."""
-    def __init__(self, reward: str, graders: int, runtime: str):
-        self.reward, self.function = reward, None if reward == "math" else load_function(reward)
-        if self.function is None:
-            self.graders = Graders(graders, ray=importlib.import_module("ray" if runtime == "ray" else "actors"))
-
-    async def judge(self, samples: list[dict], part: int, parts: int) -> list[dict]:
-        samples = samples[part::parts]
-        if self.function is None:
-            pairs = [(sample["response"], sample["answer"]) for sample in samples]
-            rewards = [grade.score for grade in await self.graders.agrade(pairs)]
-        else:
-            rewards = [self.call(sample) for sample in samples]
-        return [sample | {"reward": reward} for sample, reward in zip(samples, rewards)]
-
-    def call(self, sample: dict) -> float:
-        where = f"--reward {self.reward} on row {sample['row']} of --data ({sample['problem']!r:.80})"
-        try:
-            reward = float(self.function(sample["response"], sample | sample.pop("columns", {})))
-        except Exception as error:
-            raise ValueError(f"{where} raised {type(error).__name__}: {error}") from error
-        if not math.isfinite(reward):
-            raise ValueError(f"{where} gave {reward}; a reward is a finite number")
-        return reward
-
-def load_function(spec: str):
-    """FILE.py:function"""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--reward {spec}: take math, or FILE.py:function of a file that exists")
-    found = importlib.util.spec_from_file_location("reward_" + Path(path).stem, path)
-    module = sys.modules[found.name] = importlib.util.module_from_spec(found)       # dataclasses look for it there
-    sys.path.append(str(Path(path).resolve().parent))                               # for files beside it
-    found.loader.exec_module(module)
-    if not callable(getattr(module, name, None)):
-        raise ValueError(f"--reward {spec}: {path} has no function {name}(response, row)")
-    return getattr(module, name)
-
-class Inline:
-    """Ray's words in one process. A call is a coroutine, which goes on while somebody waits: a breakpoint in a
-    generator or a reward stops the whole program, there."""
-    exceptions = actors.exceptions
-    def __init__(self): self.loop = asyncio.new_event_loop()
-    def init(self, **_): pass
-    def shutdown(self): self.loop.close()
-    def put(self, value): return value
-    def get(self, refs): return [self.loop.run_until_complete(ref) for ref in refs]
-
-    def remote(self, cls):
-        make = SimpleNamespace(remote=lambda *args: Actor(self.loop, cls(*args)))
-        make.options = lambda **_: make
-        return make
-
-    def wait(self, refs, num_returns=1):
-        self.loop.run_until_complete(asyncio.wait(refs, return_when=asyncio.FIRST_COMPLETED))
-        return [ref for ref in refs if ref.done()], [ref for ref in refs if not ref.done()]
-
-@dataclass
-class Actor:
-    loop: asyncio.AbstractEventLoop
-    instance: object
-    def __getattr__(self, name: str):
-        async def call(*args):
-            args = [await arg if isinstance(arg, asyncio.Future) else arg for arg in args]
-            return await getattr(self.instance, name)(*args)
-        return SimpleNamespace(remote=lambda *args: self.loop.create_task(call(*args)))
-
-# --- rank 0 asks for batches ahead of time, and keeps what comes back ------------------------------------------------
-
-def spare_gpus() -> list[str]:
-    """Those that no trainer has; if there are none such, all, to be shared."""
-    if not torch.cuda.is_available():
-        return []
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    gpus = gpus if gpus[0] else [str(i) for i in range(torch.cuda.device_count())]
-    return gpus[int(os.environ.get("LOCAL_WORLD_SIZE", 1)):] or gpus
-
-class Rollouts:
-    """Prompts and seeds of a batch follow from its number, so that is all that a checkpoint has to know of them."""
-    def __init__(self, c: Config, problems: list[dict], held_out: list[dict], step: int, ahead: int):
-        self.c, self.problems, self.held_out = c, problems, held_out
-        self.asked, self.batches = step + ahead, {}     # those before are files; {number: refs of the rest}
-        self.ray = Inline() if c.runtime == "inline" else importlib.import_module(c.runtime)
-        Path(c.out, "rollouts").mkdir(exist_ok=True)
-        gpus = spare_gpus()
-        if gpus and c.runtime == "ray":
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)     # for Ray to give away; here CUDA runs already
-        self.ray.init(ignore_reinit_error=True)
-        self.generators = [self.spawn(i, gpus) for i in range(c.generators)]
-        self.judges = [self.ray.remote(Judge).options(max_restarts=3, max_task_retries=3).remote(
-            c.reward, c.graders, c.runtime) for _ in range(1 if c.reward == "math" else c.graders)]
-
-    def spawn(self, number: int, gpus: list[str]) -> list:
-        """The ranks of a generator. A single one that dies is started again, and gets its calls again; a group that
-        has lost a rank is beyond repair, and the run ends with an error that says so."""
-        c, tp = self.c, self.c.generator_tp
-        options = {"dtype": c.dtype or "auto", "device": c.device or None, "gpu_memory_utilization": c.memory,
-                   "max_model_len": c.max_prompt + c.max_response, "max_num_seqs": 1024}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        def start(rank):                                # our own torchrun's variables are not for these ranks
-            env = {"RANK": rank, "LOCAL_RANK": 0, "WORLD_SIZE": tp, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                   "TORCHELASTIC_USE_AGENT_STORE": False}
-            if gpus and c.runtime == "actors":
-                env["CUDA_VISIBLE_DEVICES"] = gpus[(number * tp + rank) % len(gpus)]
-            return self.ray.remote(Generator).options(
-                max_restarts=3 * (tp == 1), max_task_retries=3 * (tp == 1),
-                num_gpus=int(bool(gpus) and c.runtime == "ray"),
-                runtime_env={"env_vars": {name: str(x) for name, x in env.items()}}).remote(c.model, tp, options)
-        return [start(rank) for rank in range(tp)]
-
-    def samples(self, batch: int) -> list[dict]:
-        rows = sft.rows_of_step(batch, len(self.problems), self.c.batch, self.c.seed).tolist()
-        base = self.c.seed << 40 if self.c.seed < 2**23 else random.Random(self.c.seed).getrandbits(62)     # int64
-        return [self.problems[row] | dict(row=row, group=group, sample=i, seed=base + group * self.c.samples + i)
-                for group, row in enumerate(rows, batch * self.c.batch) for i in range(self.c.samples)]
-
-    def ask(self, samples: list[dict], temperature: float, weights) -> tuple[list, list]:
-        """Refs of what will be generated, and of what will be judged. No one waits here: data flows between actors."""
-        sampling, generated, judged = {"temperature": temperature, "max_tokens": self.c.max_response}, [], []
-        for i, ranks in enumerate(self.generators):
-            share = [sample for sample in samples if sample["group"] % len(self.generators) == i]
-            if share:
-                refs = [rank.generate.remote(share, sampling, weights) for rank in ranks]
-                generated += refs
-                judged += [judge.judge.remote(refs[0], j, len(self.judges)) for j, judge in enumerate(self.judges)]
-        return generated, judged
-
-    def next(self, step: int, weights) -> Path:
-        """The file of batch `step`. With these weights, batches up to `step + staleness` are asked for."""
-        self.let_finish()
-        for batch in range(self.asked, min(step + self.c.staleness, self.c.steps - 1) + 1):
-            self.batches[batch] = self.ask(self.samples(batch), self.c.temperature, weights)
-            self.asked = batch + 1
-        path = self.collect(step)
-        if self.c.runtime == "inline":                  # one GPU: its memory is for training now
-            self.generators[0][0].instance.llm.sleep()  # no call: while one waits others run, and would wake it again
-        return path
-
-    def let_finish(self) -> None:
-        """At staleness 1 a batch is of one version: new weights wait until the last one is generated."""
-        if self.c.staleness == 1:
-            self.results([ref for generated, _ in self.batches.values() for ref in generated])
-
-    def results(self, refs: list) -> list:
-        """Their values. The first of them that fails is an error at once, even if others will never come."""
-        pending = refs
-        while pending:
-            ready, pending = self.ray.wait(pending)
-            try:
-                self.ray.get(ready)
-            except self.ray.exceptions.RayActorError as error:
-                raise RuntimeError(f"a generator or judge has died, and starting it again is no help: {error}; "
-                                   "--resume goes on from the newest checkpoint") from error
-        return self.ray.get(refs)
-
-    def gather(self, generated: list, judged: list) -> list[dict]:
-        return [sample for part in self.results(generated + judged)[len(generated):] for sample in part]
-
-    def collect(self, batch: int) -> Path:
-        path = Path(self.c.out, "rollouts", f"{batch:06d}.arrow")
-        if batch in self.batches:
-            samples = self.gather(*self.batches.pop(batch))
-            samples.sort(key=lambda sample: (sample["group"], sample["sample"]))
-            arrowlite.write(arrowlite.Table.from_pylist(samples), path)
-        return path
-
-    def finish(self, step: int) -> int:
-        """All that is under way becomes files; how many they are from `step` on."""
-        for batch in sorted(self.batches):
-            self.collect(batch)
-        return self.asked - step
-
-    def score(self, weights) -> float:
-        """Of answers to the held-out problems."""
-        self.let_finish()
-        samples = [problem | {"row": i, "group": i, "sample": 0, "seed": i} for i, problem in enumerate(self.held_out)]
-        judged = self.gather(*self.ask(samples, self.c.eval_temperature, weights))
-        return sum(sample["reward"] for sample in judged) / len(judged)
-
-# --- training: three models read the batch, two of them learn from it ------------------------------------------------
-
-def spread(x: Tensor, filled: Tensor) -> Tensor:
-    """What was read at the slots in use [count], as [rows, slots]."""
-    return torch.zeros(filled.shape, dtype=torch.float64, device=x.device).masked_scatter(filled, x.double())
-
-def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
-    """Logprobs, or of a critic values, of the whole batch on every rank [rows, slots]. Each number is known to one rank
-    (of those that share a layer, count the first), so the sum over ranks is exact."""
-    def read(model, hidden, micro):
-        at = hidden[micro["at"]]
-        found = model.value(at) if model.value_head else model.logprobs(at, micro["targets"], c.temperature)[0]
-        return None, spread(found, batch["filled"][micro["rows"]])
-    micros = micro_batches(batch, list(range(len(batch["tokens"]))), model.mesh, c.micro_tokens)
-    found = torch.zeros_like(batch["mu"])
-    for micro, numbers in zip(micros, run(model, micros, read, backward=False)):
-        if model.mesh.tp_rank == 0:
-            found[micro["rows"]] = numbers
-    if model.mesh.size > 1:
-        dist.all_reduce(found)
+    packs = parallel.pack(sizes, max(capacity, *sizes), mesh.dp)
+    found = []
+    for pack in packs[mesh.dp_rank::mesh.dp]:
+        if pack:
+            mine = [rows[i] for i in pack]
+            tokens = [batch["tokens"][row] for row in mine]
+            learned = [batch["learned"][row] for row in mine]
+            places = torch.cat([batch["places"][row] for row in mine])
+            fixed = {name: batch[name][places] for name in FIXED if name in batch}
+            found.append(parallel.micro_batch(tokens, learned) | fixed | {"places": places})
     return found
 
-def estimate(batch: dict, c: Config) -> None:
-    """From scores to advantages and returns; and which actions are learned from."""
-    score = batch["score"] + overlong_penalty(batch["lengths"], c.max_response, c.overlong_buffer)
-    penalty = c.kl_coef * kl_estimate("k1", batch["prox"], batch["reference"]) if c.kl == "k1" else None
-    rewards, actions, cut = token_rewards(score, batch["mask"], penalty), batch["mask"], batch["cut"]
-    keep = ~cut if c.truncated == "mask" else torch.ones_like(cut)
-    if c.drop_equal:                                                        # by the score, before a penalty for KL
-        keep &= ~equal_groups(score, batch["groups"])
-    batch["actions"], batch["mask"] = actions, actions & keep[:, None]     # what was generated; what is learned from
-    if c.advantage != "gae":
-        batch["advantages"] = group_advantages(c.advantage, rewards, actions, batch["groups"])
-        if c.advantage == "reinforce++":                # whitened over all, and now over what is learned from
-            batch["advantages"] = whiten(batch["advantages"], batch["mask"])
-        return
-    behind = batch["values"].gather(1, batch["lengths"][:, None])[:, 0]             # [rows], of the state at the end
-    behind = torch.where(cut, behind, 0) if c.truncated == "bootstrap" else torch.zeros_like(behind)
-    advantages = gae(rewards, batch["values"], actions, behind, c.gamma, c.lam)
-    batch["returns"] = advantages + batch["values"]
-    batch["advantages"] = whiten(advantages, batch["mask"])
+def total(x: Tensor, mesh) -> Tensor:
+    """The sum over the ranks that have a part of it: of those that share a layer, the first."""
+    x = x.to(mesh.device) * (mesh.tp_rank == 0)
+    if mesh.size > 1:
+        dist.all_reduce(x)
+    return x.cpu()
 
-def equal_groups(score: Tensor, groups: Tensor) -> Tensor:
-    """[rows]: did all responses to this prompt get the same?"""
-    def extreme(which): return torch.zeros_like(score).scatter_reduce(0, groups, score, which, include_self=False)
-    return (extreme("amax") == extreme("amin"))[groups]
+def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
+    """Logprobs, or of a critic values, of all actions on every rank. Each is known to one rank: the sum is exact."""
+    def read(model, hidden, micro):
+        hidden = hidden[micro["predict"]]
+        if model.value_head:
+            return None, model.value(hidden)
+        return None, model.logprobs(hidden, micro["targets"], c.temperature)[0]
+    rows = range(len(batch["lengths"]))
+    micros = micro_batches(batch, rows, model.mesh, c.micro_tokens)
+    results = parallel.run(model, micros, read, backward=False)
+    found = torch.zeros_like(batch["mu"])
+    for micro, numbers in zip(micros, results):
+        found[micro["places"]] = numbers.double().cpu()
+    return total(found, model.mesh)
 
-def minibatches(batch: dict, c: Config, step: int, epoch: int) -> list[list[int]]:
-    """Rows from which something is learned, in a new order, in parts. The weights of a part make sums over its
-    micro-batches and ranks the mean over the part."""
-    rows = batch["mask"].any(1).nonzero()[:, 0].tolist()
-    order = np.random.default_rng([c.seed, step, epoch]).permutation(rows).astype(int)
-    parts = [part.tolist() for part in np.array_split(order, c.minibatches) if len(part)]
-    batch["weights"] = torch.zeros_like(batch["mu"])
-    for part in parts:
-        batch["weights"][part] = loss_weights(batch["mask"][part], c.aggregate, c.max_response)
-    return parts
-
-SUMS = "policy_loss", "clip_share", "entropy", "step_kl", "value_loss", "value_clip_share"
-
-def policy_step(model: Qwen3, hidden: Tensor, micro: dict, part: dict, c: Config) -> tuple[Tensor, dict]:
-    logprobs, entropy = (spread(x, part["filled"]) for x in
-                         model.logprobs(hidden[micro["at"]], micro["targets"], c.temperature))
-    loss, clipped = policy_loss(logprobs, entropy, part, c)
-    return (loss * part["weights"]).sum(), {"policy_loss": loss, "clip_share": clipped, "entropy": entropy,
-                                            "step_kl": kl_estimate("k3", part["prox"], logprobs)}
-
-def value_step(model: Qwen3, hidden: Tensor, micro: dict, part: dict, c: Config) -> tuple[Tensor, dict]:
-    loss, clipped = value_loss(spread(model.value(hidden[micro["at"]]), part["filled"]), part, c)
-    return (loss * part["weights"]).sum(), {"value_loss": loss, "value_clip_share": clipped}
-
+# --- learning: three models read the batch, two of them learn from it ------------------------------------------------
 @dataclass
 class Learner:
-    """A model, and how it learns: the policy or the critic."""
-    name: str
+    name: str               # policy or critic
     model: Qwen3
     optimizer: AdamW
     lr: float
-    step: Callable
+NUMBERS = {"policy": ("policy_loss", "clip_share", "entropy", "step_kl"), "critic": ("value_loss",)}
 
-def update(learner: Learner, batch: dict, rows: list[int], rise: float, c: Config, log: dict) -> None:
-    """A step of the optimizer over a minibatch. `log` gets sums over actions, and the gradient's norm."""
+def loss_of(model: Qwen3, hidden: Tensor, micro: dict, c: Config):
+    """The part of a micro-batch in the loss; and NUMBERS of each action."""
+    hidden = hidden[micro["predict"]]                                               # [actions, width]
+    if model.value_head:
+        loss = value_loss(model.value(hidden), micro["returns"])
+        numbers = [loss]
+    else:
+        logprobs, entropy = model.logprobs(hidden, micro["targets"], c.temperature)
+        loss, clipped = policy_loss(logprobs, entropy, micro, c)
+        moved = kl_estimate("k3", micro["prox"], logprobs)
+        numbers = [loss, clipped, entropy, moved]
+    return (loss * micro["weights"]).sum(), numbers
+
+def update(learner: Learner, batch: dict, rows, rise: float, c: Config) -> dict:
+    """A step of the optimizer over a minibatch. Returns means over its actions, and the norm of the gradient."""
     def loss(model, hidden, micro):
-        part = {name: x[micro["rows"]] for name, x in batch.items() if isinstance(x, Tensor) and x.ndim == 2}
-        total, found = learner.step(model, hidden, micro, part, c)
-        return total, {name: clean(part["mask"], x.detach().double())[0].sum() for name, x in found.items()}
-    for found in run(learner.model, micro_batches(batch, rows, learner.model.mesh, c.micro_tokens), loss):
-        for name, x in found.items():
-            log[name] += float(x) * (learner.model.mesh.tp_rank == 0)
-    log[f"{learner.name}_norm"] = float(learner.optimizer.step(learner.lr * rise))
+        mean, numbers = loss_of(model, hidden, micro, c)
+        return mean, torch.stack([x.detach().double().sum() for x in numbers])
+    mesh = learner.model.mesh
+    places = torch.cat([batch["places"][row] for row in rows])
+    batch["weights"] = torch.zeros_like(batch["mu"])
+    batch["weights"][places] = loss_weights(batch["lengths"][rows], c.aggregate)
+    micros = micro_batches(batch, rows, mesh, c.micro_tokens)
+    names = NUMBERS[learner.name]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=mesh.device)
+    for found in parallel.run(learner.model, micros, loss):
+        sums += found
+    norm = learner.optimizer.step(learner.lr * rise)
+    means = total(sums, mesh) / len(places)
+    log = dict(zip(names, means.tolist()))
+    log[learner.name + "_norm"] = float(norm)
+    return log
 
-# --- what a batch has to say -----------------------------------------------------------------------------------------
+def prox_of(r: Run, batch: dict, step: int) -> Tensor:
+    """The policy's logprobs before the update. Where the engine was seen to compute the same they are mu."""
+    current = bool((batch["versions"] == step).all())
+    if current and r.exact:
+        return batch["mu"]
+    prox = measure(r.policy.model, batch, r.c)
+    if current and r.exact is None:
+        r.exact = torch.equal(prox, batch["mu"])
+    return prox
 
-def look(table: arrowlite.Table) -> dict:
-    """How good the responses were, and how fast they came."""
-    reward, lengths = table["reward"].to_numpy(), np.array([len(ids) for ids in table["response_ids"].to_numpy()])
-    cut = np.array(table["finish_reason"].to_pylist()) == "length"
-    busy = table["ended"].to_numpy().max() - table["began"].to_numpy().min()
-    return {"reward": float(reward.mean()), "reward_std": float(reward.std()), "length": float(lengths.mean()),
-            "cut_share": float(cut.mean()), "generated_tokens_per_s": float(lengths.sum() / max(busy, 1e-3))}
-
-def describe(batch: dict, log: dict, c: Config, step: int, mesh: Mesh) -> dict:
-    """How far trainer and engine are apart, and what was learned. Means are over actions."""
-    sums = torch.tensor([log[name] for name in SUMS], dtype=torch.float64, device=mesh.device)
-    if mesh.size > 1:
-        dist.all_reduce(sums)
-    learned, actions = max(1, int(batch["mask"].sum())) * c.epochs, batch["actions"]
-    gap = (batch["prox"] - batch["mu"])[actions]                                    # log prox / mu [actions]
-    ratio, lag = gap.exp(), (step - batch["versions"])[actions]
-    taught = {"policy": step >= c.critic_warmup, "value": c.advantage == "gae"}         # means of nothing are left out
-    found = {name: x / learned for name, x in zip(SUMS, sums)
-             if taught["value" if name.startswith("value") else "policy"] and batch["mask"].any()} | {
-        "learned_share": batch["mask"].sum() / actions.sum(),
-        "mismatch_kl": (ratio - 1 - gap).mean(),                                    # k3 of KL(mu || prox)
-        "capped_share": (ratio > c.cap).double().mean(),
-        "effective_sample": ratio.sum().square() / (len(ratio) * ratio.square().sum())}
-    found |= {} if c.replay else {"lag": lag.mean(), "lag_max": lag.max()}      # a replay's weights have no place here
-    if c.kl != "none":
-        found["kl"] = kl_estimate("k3", batch["prox"], batch["reference"])[actions].mean()
+def estimate(batch: dict, c: Config) -> None:
+    """From scores to advantages and returns [actions]."""
+    lengths = batch["lengths"]
+    scores = batch["score"] + overlong_penalty(lengths, c.max_response, c.overlong_buffer)
+    rewards = token_rewards(scores, lengths)
+    if c.kl == "k1":
+        rewards = rewards - c.kl_coef * kl_estimate("k1", batch["prox"], batch["reference"])
     if c.advantage == "gae":
-        returns, error = batch["returns"][actions], (batch["returns"] - batch["values"])[actions]
-        if (variance := returns.var(correction=0)) > 1e-8:      # else there is nothing to explain
-            found["explained_variance"] = 1 - error.var(correction=0) / variance
-    norms = {name: log[name] for name in ("policy_norm", "critic_norm") if name in log}
-    return {name: float(x) for name, x in found.items()} | norms
+        advantages = gae(rewards, batch["values"], lengths, c.gamma, c.lam)
+        batch["returns"] = advantages + batch["values"]
+        batch["advantages"] = whiten(advantages)
+        return
+    sums = torch.segment_reduce(rewards, "sum", lengths=lengths)                    # [rows]
+    if c.advantage == "reinforce++":        # what is to come, minus the mean of the group; arXiv 2501.03262
+        advantages = gae(rewards, torch.zeros_like(rewards), lengths, 1, 1)
+        if c.samples > 1:
+            mean = sums.view(-1, c.samples).mean(1)                                 # [prompts]
+            mean = mean.repeat_interleave(c.samples)                                # [rows]
+            advantages = advantages - mean.repeat_interleave(lengths)
+        batch["advantages"] = whiten(advantages)
+    else:
+        advantages = group_advantages(c.advantage, sums, c.samples)                 # [rows]
+        batch["advantages"] = advantages.repeat_interleave(lengths)
 
-def advice(m: dict, first: dict) -> dict[str, str]:
-    """What an experienced person would say, looking at the numbers of a batch and at those of the first one."""
-    first = {"entropy": 0.0, "mismatch_kl": 0.0} | first                # --rollout-only has none of these, ...
-    m = {"entropy": first["entropy"], "mismatch_kl": 0.0} | m           # ... and what learned nothing no entropy
-    found = {
-        "cut": m["cut_share"] > 0.5 and f"{m['cut_share']:.0%} of the responses were cut off, and their rewards say "
-        "little: raise --max_response, or make length dear with --overlong_buffer",
-        "equal": m["reward_std"] == 0 and f"all rewards are {m['reward']:.3g}, so there is nothing to compare: look at "
-        "the samples (python evaluate.py show), at --reward, and at how hard the problems are",
-        "mismatch": m["mismatch_kl"] > max(0.01, 3 * first["mismatch_kl"]) and "engine and trainer have drifted apart "
-        f"(mismatch KL {m['mismatch_kl']:.3f}): lower --staleness or --lr; at staleness 0, look for a bug",
-        "entropy": m["entropy"] < 0.2 * first["entropy"] and f"entropy has collapsed from {first['entropy']:.3f} to "
-        f"{m['entropy']:.3f}, so responses are alike: raise --clip_high, --entropy_coef, --temperature, or lower --lr",
-        "finite": not all(map(math.isfinite, m.values())) and "a number is not finite; a step of the optimizer whose "
-        "gradient is not was left out: lower --lr or --clip"}
-    return {kind: text for kind, text in found.items() if text}
+def minibatches(rows: int, c: Config, step: int, epoch: int) -> list[np.ndarray]:
+    order = np.random.default_rng([c.seed, step, epoch]).permutation(rows)
+    return np.array_split(order, min(c.minibatches, rows))
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-def train(c: Config) -> dict[int, float]:
-    """Returns the scores on --eval_data, by the number of steps before them."""
-    with closing(prepare(c)) as r:
-        for step in range(r.start, c.steps):
-            clock = Clock()
-            table = arrowlite.read(exchange(r, step))   # weights of version `step` go out, batch `step` comes in
-            clock.lap("wait")
-            numbers = look(table)
-            if not c.rollout_only:
-                numbers |= learn(r, lay_out(table, r.mesh.device), step, clock)
-            r.report(step + 1, numbers | clock.seconds)
-            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-                checkpoint(r, step + 1)
-        finish(r)
-        return r.scores
-
-def learn(r: Run, batch: dict, step: int, clock: Clock) -> dict:
+def learn(r: Run, batch: dict, step: int) -> dict:
     """What is done with a batch: this is the algorithm."""
-    c, log, rise = r.c, Counter(), min(1, (step + 1) / max(1, r.c.warmup))
-    batch["prox"] = measure(r.policy.model, batch, c)
+    c = r.c
+    began = time.perf_counter()
+    batch["prox"] = prox_of(r, batch, step)
     if r.reference:
         batch["reference"] = measure(r.reference, batch, c)
     if r.critic:
         batch["values"] = measure(r.critic.model, batch, c)
     estimate(batch, c)
-    clock.lap("measure")
+    measured = time.perf_counter()
+    log = []
+    rise = min(1, (step + 1) / max(1, c.warmup))
     for epoch in range(c.epochs):
-        for rows in minibatches(batch, c, step, epoch):
+        for rows in minibatches(len(batch["lengths"]), c, step, epoch):
             if r.critic:
-                update(r.critic, batch, rows, rise, c, log)
-            if step >= c.critic_warmup:
-                update(r.policy, batch, rows, rise, c, log)
-    clock.lap("train")
-    speed = sum(map(len, batch["tokens"])) / (clock.seconds["seconds_measure"] + clock.seconds["seconds_train"])
-    return describe(batch, log, c, step, r.mesh) | {"trained_tokens_per_s": speed}
+                log.append(update(r.critic, batch, rows, rise, c))
+            if step >= c.critic_warmup or not r.critic:
+                log.append(update(r.policy, batch, rows, rise, c))
+    seconds = {"seconds_measure": measured - began, "seconds_train": time.perf_counter() - measured}
+    return describe(batch, log, step) | seconds
 
-class Clock:
-    """Seconds of each stage of a step."""
-    def __init__(self):
-        self.seconds, self.last = {}, time.perf_counter()
+def describe(batch: dict, log: list[dict], step: int) -> dict:
+    """What a batch has to say: means, over rows, actions or updates. What there is none of is left out."""
+    gap = batch["prox"] - batch["mu"]                                               # log prox / mu [actions]
+    ratio = gap.exp()
+    found = {
+        "reward": batch["score"], "reward_std": batch["score"].std(correction=0),
+        "length": batch["lengths"],
+        "cut_share": batch["cut"],
+        "lag": step - batch["versions"],
+        "mismatch_kl": ratio - 1 - gap,                                             # k3 of KL(mu || prox)
+        "effective_sample": ratio.sum().square() / (len(ratio) * ratio.square().sum())}
+    if "reference" in batch:
+        found["kl"] = kl_estimate("k3", batch["prox"], batch["reference"])
+    if "returns" in batch and batch["returns"].var() > 1e-8:                        # else there is nothing to explain
+        error = batch["returns"] - batch["values"]
+        found["explained_variance"] = 1 - error.var() / batch["returns"].var()
+    for means in log:
+        for name, mean in means.items():
+            found.setdefault(name, []).append(mean)
+    return {name: torch.as_tensor(x).double().mean().item() for name, x in found.items()}
 
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[f"seconds_{name}"], self.last = now - self.last, now
+# --- the other processes: judges; generators are evaluate.py's -------------------------------------------------------
+def share(items: list, part: int, parts: int) -> list:
+    size = math.ceil(len(items) / parts)
+    return items[part * size : (part + 1) * size]
 
-@dataclass
+class Judge:
+    def __init__(self, reward: str):
+        self.function = load_function(reward)
+
+    def judge(self, samples: list, problems: list, part: int = 0, parts: int = 1):
+        """A share of the responses, as rows of a file of rollouts; or what the reward function fell over, as a text."""
+        rows = []
+        problems = share(problems, part, parts)
+        samples = share(samples, part, parts)
+        for problem, some in zip(problems, samples):
+            own = problem.get("columns", {})
+            for i, sample in enumerate(some):
+                text = sample["text"]
+                row = {name: problem[name] for name in ("problem", "gold", "prompt", "row", "prompt_ids")}
+                row |= {name: sample[name] for name in ("finish_reason", "logprobs", "versions")}
+                row |= {"sample": i, "response": text, "response_ids": sample["token_ids"]}
+                row["answer"] = extract(text) or ""
+                try:
+                    row["reward"] = float(self.function(text, row | own))
+                    if not math.isfinite(row["reward"]):
+                        raise ValueError(f"a reward of {row['reward']}: it should be a finite number")
+                except Exception as error:          # its own frames alone, and then the row
+                    frames = error.__traceback__.tb_next
+                    said = traceback.format_exception(type(error), error, frames)
+                    return "".join(said) + f"in row {row['row']} of --data: {own}"
+                rows.append(row)
+        return rows
+
+def load_function(reward: str):
+    """math, by evaluate.py's grader, which is a process of its own; or FILE.py:function"""
+    if reward == "math":
+        return lambda response, row: grade(response, row["gold"])
+    path, _, name = reward.partition(":")
+    sys.path.append(str(Path(path).resolve().parent))                       # for files beside it
+    function = runpy.run_path(path).get(name)
+    if not callable(function):
+        raise ValueError(f"--reward {reward}: {path} has no function {name}(response, row)")
+    return function
+
+def pack_weights(model: Qwen3, version: int) -> dict:
+    """The whole model as bytes on the CPU, at rank 0. numpy arrays are what actors and Ray share without a copy."""
+    tensors = {}
+    if model.mesh.dp_rank == 0:
+        for name, x in model.hf_tensors():                                  # gathered over tp and pp
+            if model.mesh.rank == 0:
+                x = x.detach().to("cpu", copy=True).contiguous()
+                data = x.flatten().view(torch.uint8).numpy()
+                tensors[name] = data, x.dtype, x.shape
+    return {"version": version, "tensors": tensors}
+
+# --- rank 0 asks for batches ahead of time, and keeps what comes back ------------------------------------------------
+class Rollouts:
+    """Prompts and seeds of a batch follow from its number, so that is all that a checkpoint has to know of them."""
+    def __init__(self, c: Config, problems: list, held_out: list, step: int, ahead: int):
+        self.c = c
+        self.problems = problems
+        self.held_out = held_out
+        self.asked = step + ahead               # batches before this one are files, or asked for
+        self.under_way = {}                     # {batch: what `ask` gave}
+        Path(c.out, "rollouts").mkdir(exist_ok=True)
+        self.ray = importlib.import_module(c.runtime)
+        self.ray.init(ignore_reinit_error=True)
+        self.stores = []                        # where the ranks of each generator meet
+        count = 0 if c.device == "cpu" else torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        gpus = visible.split(",")[:count]
+        left = gpus[int(os.environ.get("LOCAL_WORLD_SIZE", 1)):]            # those that no trainer has, ...
+        self.gpus = left or gpus                                            # ... or all are shared with the trainers
+        self.options = {
+            "dtype": c.dtype or "auto",
+            "device": c.device or None,
+            "max_num_seqs": 1024,
+            "max_model_len": c.max_prompt + c.max_response,
+            "gpu_memory_utilization": c.memory or (0.85 if left else 0.4)}
+        count = c.generators or max(1, len(left) // c.generator_tp)
+        self.generators = [self.generator(i) for i in range(count)]
+        judge = self.ray.remote(Judge).options(max_restarts=3, max_task_retries=3)
+        self.judges = [judge.remote(c.reward) for _ in range(c.graders)]
+
+    def generator(self, number: int) -> list:
+        """Its ranks. A single one that dies is started and called again; the death of one of a group ends the run."""
+        c = self.c
+        again = 3 if c.generator_tp == 1 else 0
+        ranks = []
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.stores.append(store)
+        for rank in range(c.generator_tp):
+            env = {
+                "RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(c.generator_tp),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port),
+                "TORCHELASTIC_USE_AGENT_STORE": "True"}             # they meet there as torchrun's workers do
+            if self.gpus:                       # Ray would hide what it did not give out itself
+                gpu = (number * c.generator_tp + rank) % len(self.gpus)
+                env["CUDA_VISIBLE_DEVICES"] = self.gpus[gpu]
+                env["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] = "1"
+            actor = self.ray.remote(Generator).options(
+                max_restarts=again, max_task_retries=again, runtime_env={"env_vars": env})
+            ranks.append(actor.remote(c.model, c.generator_tp, self.options))
+        return ranks
+
+    def next(self, step: int, weights) -> Path:
+        """The file of batch `step`. With these weights, batches up to `step + staleness` are asked for."""
+        c = self.c
+        last = min(step + c.staleness, c.steps - 1)
+        for batch in range(self.asked, last + 1):
+            rows = sft.rows_of_step(batch, len(self.problems), c.batch, c.seed)
+            first = (c.seed << 32) + batch * c.batch
+            problems = [self.problems[row] | {"seed": first + i} for i, row in enumerate(rows)]
+            self.under_way[batch] = self.ask(problems, c.samples, c.temperature, weights)
+            self.asked = batch + 1
+        return self.collect(step)
+
+    def ask(self, problems: list, samples: int, temperature: float, weights) -> list[tuple]:
+        """Refs of what will be generated and judged. Nobody waits here: data flows from actor to actor."""
+        params = {"n": samples, "temperature": temperature, "max_tokens": self.c.max_response}
+        asked = []
+        for i, ranks in enumerate(self.generators):
+            mine = share(problems, i, len(self.generators))
+            if mine:
+                prompts = [problem["prompt_ids"].tolist() for problem in mine]
+                each = [params | {"seed": problem["seed"]} for problem in mine]
+                generated = [rank.generate.remote(prompts, each, weights) for rank in ranks]
+                judged = []
+                for part, judge in enumerate(self.judges):
+                    judged.append(judge.judge.remote(generated[0], mine, part, len(self.judges)))
+                if not self.judges:             # here and now, where a breakpoint() works
+                    rows = Judge(self.c.reward).judge(self.ray.get(generated[0]), mine)
+                    judged.append(self.ray.put(rows))
+                asked.append((generated, judged))
+        return asked
+
+    def answers(self, asked: list[tuple]) -> list[dict]:
+        """Waits for what was asked: a row a response, in the order of the problems."""
+        rows = []
+        for generated, judged in asked:
+            pending = generated[1:] + judged
+            while pending:                      # the first that fails is an error at once, even if others never come
+                ready, pending = self.ray.wait(pending)
+                self.ray.get(ready)
+            for part in self.ray.get(judged):
+                if isinstance(part, str):
+                    print(part, file=sys.stderr)
+                    raise ValueError(f"--reward {self.c.reward} failed on the row above; mend it, and start again")
+                rows += part
+        return rows
+
+    def collect(self, batch: int) -> Path:
+        path = Path(self.c.out, "rollouts", f"{batch:06d}.arrow")
+        if batch in self.under_way:
+            rows = self.answers(self.under_way.pop(batch))
+            arrowlite.write(arrowlite.Table.from_pylist(rows), path)
+        return path
+
+    def finish(self, step: int) -> int:
+        """All that is under way becomes files; how many they are from `step` on."""
+        for batch in sorted(self.under_way):
+            self.collect(batch)
+        return self.asked - step
+
+    def score(self, weights) -> float:
+        asked = self.ask(self.held_out, 1, self.c.eval_temperature, weights)
+        rows = self.answers(asked)
+        return float(np.mean([row["reward"] for row in rows]))
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+def train(c: Config) -> dict[int, float]:
+    """Returns the scores on held-out problems, by the number of steps before them."""
+    r = Run(c)
+    try:
+        for step in range(r.start, c.steps):
+            began = time.perf_counter()
+            path = r.exchange(step)         # weights of version `step` go out, batch `step` comes in
+            waited = time.perf_counter() - began
+            numbers = learn(r, lay_out(arrowlite.read(path)), step)
+            r.log.log(step + 1, **numbers, seconds_wait=waited)
+            r.done = step + 1
+        r.exchange(c.steps)                 # for the last score; and no rank leaves while another waits for it
+        r.policy.model.save_pretrained(Path(c.out, "model"))
+        r.log.close()
+        return r.scores
+    finally:
+        r.close()
+
 class Run:
-    """All that the loop holds on to."""
-    c: Config
-    mesh: Mesh
-    policy: Learner
-    critic: Learner | None
-    reference: Qwen3 | None             # the policy as it was
-    rollouts: Rollouts | None           # rank 0's
-    metrics: sft.Metrics
-    start: int                          # the first step
-    first: dict | None = None           # each number, of the first batch that had it
-    told: set = field(default_factory=set)
-    scores: dict = field(default_factory=dict)
+    def __init__(self, c: Config):
+        """What can be known to be wrong with the settings is an error before anything is written or started."""
+        self.c = c
+        self.mesh = parallel.init(pp=c.pp, tp=c.tp, device=c.device or None)
+        if self.mesh.device.type == "cpu":
+            torch.set_num_threads(1)                        # processes share the cores
+        check(c)
+        problems = held_out = []
+        if self.mesh.rank == 0:
+            problems, held_out = load_prompts(c)
+        self.policy = self.learner("policy", c.lr)
+        self.critic = self.learner("critic", c.critic_lr) if c.advantage == "gae" else None
+        self.reference = self.model() if c.kl != "none" else None
+        sft.claim(c)
+        state = self.restore()
+        self.start = self.done = state["step"]
+        self.exact = None                       # does the engine compute what the trainer does? not known yet
+        self.scores = {}
+        if self.start == 0 and self.mesh.rank == 0:
+            Path(c.out, "metrics.jsonl").unlink(missing_ok=True)            # of a run that did not get to a checkpoint
+        self.log = sft.Log(c, c.steps, self.start)
+        self.rollouts = Rollouts(c, problems, held_out, **state) if self.mesh.rank == 0 else None
 
-    def report(self, step: int, numbers: dict) -> None:
-        """A line of metrics; and advice, each kind of it once."""
-        self.metrics.log(step, **numbers)
-        self.metrics.bar.set_postfix(reward=numbers["reward"], length=numbers["length"])
-        self.first = numbers | (self.first or {})
-        for kind, text in advice(numbers, self.first).items():
-            if kind not in self.told and self.mesh.rank == 0:
-                tqdm.write(f"step {step}: {text}")
-            self.told.add(kind)
+    def model(self, value_head: bool = False) -> Qwen3:
+        dtype = getattr(torch, self.c.dtype) if self.c.dtype else None
+        return Qwen3.from_pretrained(
+            self.c.model, mesh=self.mesh, dtype=dtype, recompute=self.c.recompute, value_head=value_head)
 
-    def score(self, step: int, weights) -> None:
-        if self.c.eval_data:
-            self.scores[step] = self.rollouts.score(weights)
-            self.metrics.log(step, val_reward=self.scores[step])
+    def learner(self, name: str, lr: float) -> Learner:
+        model = self.model(value_head=name == "critic")
+        optimizer = AdamW(model, lr, weight_decay=self.c.weight_decay, clip=self.c.clip)
+        return Learner(name, model, optimizer, lr)
+
+    def exchange(self, step: int) -> Path:
+        """The file of batch `step`, the same on all ranks; generators are told of these weights."""
+        c = self.c
+        weights = pack_weights(self.policy.model, step)
+        found = [None]
+        new = step > self.start or step == 0        # a checkpoint that was just loaded has been here before
+        if self.rollouts:
+            weights = self.rollouts.ray.put(weights)
+            if self.rollouts.held_out and new and (step % c.eval_every == 0 or step == c.steps):
+                self.scores[step] = self.rollouts.score(weights)
+                self.log.log(step, val_reward=self.scores[step])
+        if self.done and new and (step % c.save_every == 0 or step == c.steps):
+            self.save()                             # behind its score, which would come twice otherwise
+        if self.rollouts:
+            found = [self.rollouts.next(step, weights)]
+        if self.mesh.size > 1:
+            dist.broadcast_object_list(found)
+        return found[0]
+
+    def save(self) -> None:
+        """Weights, optimizers, the number of the step; what is being generated is waited for, and becomes files."""
+        folder = Path(self.c.out, "checkpoints")
+        ahead = self.rollouts.finish(self.done) if self.rollouts else 0
+        state = {"step": self.done, "ahead": ahead}
+        for learner in filter(None, (self.critic, self.policy)):        # in this order: `restore` goes by the policy
+            own = folder / learner.name
+            parallel.save(own / f"step-{self.done:06d}", learner.model, learner.optimizer, state)
+            for old in sorted(own.glob("step-*"))[:-self.c.keep]:
+                if self.mesh.rank == 0:
+                    shutil.rmtree(old)
+
+    def restore(self) -> dict:
+        folder = Path(self.c.out, "checkpoints")
+        newest = parallel.latest(folder / "policy") if self.c.resume else None
+        if newest is None:
+            return {"step": 0, "ahead": 0}
+        if self.critic:
+            parallel.load(folder / "critic" / newest.name, self.critic.model, self.critic.optimizer)
+        return parallel.load(newest, self.policy.model, self.policy.optimizer)
 
     def close(self) -> None:
         if self.rollouts:
             self.rollouts.ray.shutdown()
-
-def prepare(c: Config) -> Run:
-    """What can be known to be wrong with the settings is an error before `claim` writes or Rollouts starts anything."""
-    mesh = init(pp=c.pp, tp=c.tp, device=c.device or None)
-    if mesh.device.type == "cpu":
-        torch.set_num_threads(1)                        # processes share the cores
-    check(c, mesh)
-    problems, held_out = ([] if c.replay or not data else load_prompts(c, data) for data in (c.data, c.eval_data))
-    options = dict(mesh=mesh, dtype=getattr(torch, c.dtype) if c.dtype else None, recompute=c.recompute)
-    def learner(name, lr, step):
-        model = Qwen3.from_pretrained(c.model, value_head=name == "critic", **options)
-        return Learner(name, model, AdamW(model, lr, weight_decay=c.weight_decay, clip=c.clip), lr, step)
-
-    policy = learner("policy", c.lr, policy_step)
-    critic = learner("critic", c.critic_lr, value_step) if c.advantage == "gae" else None
-    reference = Qwen3.from_pretrained(c.model, **options) if c.kl != "none" else None
-    sft.claim(c, FREE)
-    state = resumed(c, policy, critic) if c.resume else {"step": 0, "ahead": 0}
-    rollouts = Rollouts(c, problems, held_out, **state) if mesh.rank == 0 and not c.replay else None
-    return Run(c, mesh, policy, critic, reference, rollouts, sft.Metrics(c, c.steps, state["step"]), state["step"])
-
-def exchange(r: Run, step: int) -> Path:
-    """The file of batch `step`, the same on all ranks; generators have these weights from now on."""
-    weights, found = pack_weights(r.policy.model, step), [r.c.replay]
-    if r.rollouts:
-        weights = r.rollouts.ray.put(weights)
-        if step % r.c.eval_every == 0:
-            r.score(step, weights)
-        found = [r.rollouts.next(step, weights)]
-    if r.mesh.size > 1:
-        dist.broadcast_object_list(found)
-    return found[0]
-
-def checkpoint(r: Run, step: int) -> None:
-    """Weights, optimizers, and the number of the step: prompts, samples and order follow from it. What is being
-    generated is waited for, and its files are part of the checkpoint."""
-    folder, name = Path(r.c.out, "checkpoints"), f"{step:06d}"
-    state = {"step": step, "ahead": r.rollouts.finish(step) if r.rollouts else 0}
-    for learner in filter(None, (r.critic, r.policy)):  # in this order: `resumed` goes by the policy
-        save(folder / learner.name / name, learner.model, learner.optimizer, state)
-    if r.mesh.rank == 0:
-        kept = sorted(path.name for path in (folder / "policy").iterdir())[-r.c.keep:]
-        for old in [path for kind in folder.iterdir() for path in kind.iterdir() if path.name not in kept]:
-            shutil.rmtree(old)
-
-def resumed(c: Config, policy: Learner, critic: Learner | None) -> dict:
-    folder = Path(c.out, "checkpoints")
-    if (newest := latest(folder / "policy")) is None:
-        return {"step": 0, "ahead": 0}
-    state = load(newest, policy.model, policy.optimizer)
-    if critic:
-        load(folder / "critic" / f"{state['step']:06d}", critic.model, critic.optimizer)
-    return state
-
-def finish(r: Run) -> None:
-    r.policy.model.save_pretrained(Path(r.c.out, "model"))
-    weights = pack_weights(r.policy.model, r.c.steps)
-    if r.rollouts:
-        r.score(r.c.steps, r.rollouts.ray.put(weights))
-    if r.mesh.size > 1:
-        dist.broadcast_object_list([None])              # no rank leaves while another waits for what it has sent
-    r.metrics.close()
+            if self.done == 0 and not self.c.resume:        # nothing was learned: the folder is free again
+                Path(self.c.out, "config.json").unlink(missing_ok=True)
 
 # --- settings that cannot be, prompts, the demo ----------------------------------------------------------------------
-
-NUMBERS = {"at least 1": "batch samples max_prompt max_response minibatches epochs steps generator_tp micro_tokens "
-                         "save_every eval_every log_every", "above 0": "temperature cap clip",
-           "at least 0": "overlong_buffer clip_high dual_clip kl_coef value_clip critic_warmup lr critic_lr warmup "
-                         "weight_decay staleness generators graders keep eval_temperature seed",
-           "from 0 to 1": "gamma lam memory clip_low", "finite": "entropy_coef"}
-FREE = sft.FREE | {"memory", "micro_tokens", "runtime", "generators", "generator_tp", "graders", "staleness", "steps"}
-
-def check(c: Config, mesh: Mesh) -> None:
-    """Fills in what depends on the machine, and refuses what cannot be."""
-    sft.check_ranges(c, NUMBERS)
-    gpus = torch.cuda.device_count() if mesh.device.type == "cuda" else 0
-    left = max(0, gpus - mesh.size)
-    c.runtime = c.runtime or ("inline" if gpus and not left else "actors")
-    c.generators = c.generators or max(1, left // c.generator_tp)
-    c.steps = 1 if c.replay else c.steps
-    c.critic_warmup *= c.advantage == "gae"             # without a critic there is nothing to wait for
-    def refuse(wrong, why: str) -> None:
-        if wrong: raise ValueError(why)
-    missing = [flag for flag, x in (("--model", c.model), ("--data", c.data or c.replay), ("--out", c.out)) if not x]
-    refuse(missing, f"{' and '.join(missing)} must be given; python ppo.py alone is the demo")
-    shape, longest = parallel.Config.from_pretrained(c.model), c.max_prompt + c.max_response
-    refuse(longest > shape.max_position_embeddings,
-           f"--max_prompt + --max_response = {longest} tokens; the model knows {shape.max_position_embeddings}")
-    refuse(c.samples < 2 and (c.advantage in ("grpo", "rloo") or c.drop_equal),
-           "--advantage grpo, rloo and --drop_equal compare the responses to a prompt: take --samples 2 or more")
-    refuse(c.truncated == "bootstrap" and c.advantage != "gae", "--truncated bootstrap wants --advantage gae, a critic")
-    refuse(c.runtime == "inline" and c.generators * c.generator_tp > 1, "--runtime inline has one generator of tp 1")
-    refuse(gpus and c.generator_tp > (left or gpus),
-           f"--generator_tp {c.generator_tp} wants as many GPUs, and the trainers leave {left} of {gpus}")
-    parallel.check_layout(shape, Mesh(tp=c.generator_tp), 1)
-    refuse(c.overlong_buffer > c.max_response, f"--overlong_buffer {c.overlong_buffer} is more than --max_response")
-    refuse((n := c.batch * c.samples) < c.minibatches, f"{n} responses do not make {c.minibatches} minibatches")
-    refuse(c.replay and c.rollout_only, "--rollout_only makes what --replay learns from: take one of them")
-    refuse(c.replay and not Path(c.replay).is_file(), f"there is no file {c.replay} to replay")
-    refuse(c.replay and "logprobs" not in arrowlite.read(c.replay).schema.names, f"{c.replay} has no rollouts")
+def check(c: Config) -> None:
+    if not (c.model and c.data and c.out):
+        raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
+    positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
+    if c.max_prompt + c.max_response > positions:
+        raise ValueError(f"--max_prompt + --max_response are more than the {positions} tokens that the model knows")
+    if c.samples < 2 and c.advantage in ("grpo", "rloo"):
+        raise ValueError(f"--advantage {c.advantage} compares the responses to a prompt: take --samples 2 or more")
+    if not c.temperature > 0:
+        raise ValueError(f"--temperature {c.temperature}: samples that are learned from need one above 0")
     if c.reward != "math":
         load_function(c.reward)
-    done = latest(Path(c.out, "checkpoints", "policy")) if c.resume else None
-    refuse(done and torch.load(done / "state.pt")["step"] > c.steps, f"{done} is past --steps {c.steps}; raise it")
 
-def load_prompts(c: Config, data: str) -> list[dict]:
-    tokenizer = AutoTokenizer.from_pretrained(local_folder(c.model))
-    problems = load_problems(data, "train" if data == c.data else "test", columns=c.reward != "math")
-    texts, prompts = chat_prompts(problems, tokenizer)
-    if len(problems) < c.batch and data == c.data:
-        raise ValueError(f"{data} has {len(problems)} problems; take --batch {len(problems)} or less")
-    for i, ids in enumerate(prompts):
-        if len(ids) > c.max_prompt:
-            raise ValueError(f"row {i} of {data} is a prompt of {len(ids)} tokens; raise --max_prompt, or "
-                             "leave it out (python evaluate.py problems)")
-    return [x | {"prompt": text, "prompt_ids": ids} for x, text, ids in zip(problems, texts, prompts)]
+def load_prompts(c: Config) -> tuple[list[dict], list[dict]]:
+    """Problems to learn from, and others for a score."""
+    problems = usable(c, c.data, "train")
+    held_out = []
+    if c.eval_data:
+        held_out = usable(c, c.eval_data, "test")
+    elif c.held_out:
+        held_out = problems[c.held_out - 1::c.held_out]
+        del problems[c.held_out - 1::c.held_out]
+    if len(problems) < c.batch:
+        raise ValueError(f"{c.data} has {len(problems)} problems to learn from; take --batch {len(problems)} or less")
+    return problems, held_out
 
-def school(folder: str, seed: int = 0) -> list[str]:
-    """A tiny model that two teachers have taught to add three numbers. They agree on sums, but only one of them puts
-    them into a box, so half of its answers are of no use. The model, problems, and others that it never sees."""
-    model, data, held_out, tiny, tokens, out = (str(Path(folder, name)) for name in (
-        "school/model", "problems.jsonl", "held_out.jsonl", "tiny", "taught.arrow", "school"))
-    arrowlite.Table.from_pylist(arithmetic(10_000, seed, boxed=0.5)).to_jsonl(data)
-    arrowlite.Table.from_pylist(arithmetic(200, seed + 1, held_out=True)).to_jsonl(held_out)
-    sft.prepare(data, tiny_model(tiny, seed, hidden_size=64, num_hidden_layers=2), tokens)
-    sft.train(sft.Config(tiny, tokens, out, batch=16, steps=600, lr=3e-3, min_lr=3e-4, warmup=0.05, max_tokens=4096,
-                         device="cpu", log_every=100, seed=seed))
-    return [model, data, held_out]
+def usable(c: Config, data: str, split: str) -> list[dict]:
+    """Without those whose prompt is too long, or whose answer is soon guessed: that would teach guessing."""
+    problems = load_problems(data, split, columns=c.reward != "math")
+    texts, prompts = chat_prompts(problems, AutoTokenizer.from_pretrained(parallel.local_folder(c.model)))
+    kept = []
+    for row, (problem, text, ids) in enumerate(zip(problems, texts, prompts)):
+        gold = problem["answer"]
+        guessed = gold.lower().strip(".") in ("yes", "no", "true", "false")
+        if len(ids) <= c.max_prompt and not (guessed and c.reward == "math"):
+            ids = np.array(ids, np.int32)
+            kept.append(problem | {"gold": gold, "prompt": text, "prompt_ids": ids, "row": row, "seed": row})
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept):,} of {len(problems):,} problems of {data} are left out: a prompt of more "
+              f"than --max_prompt {c.max_prompt} tokens, or an answer that is soon guessed")
+    return kept
 
 def demo() -> None:
+    """Two teachers show a tiny model how to add, of whom only one boxes his sums; then it finds out which is right."""
     torch.set_num_threads(1)                            # a tiny model gains nothing from more
     with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        arrowlite.Table.from_pylist(arithmetic(10_000, boxed=0.5)).to_jsonl("sums.jsonl")
+        arrowlite.Table.from_pylist(arithmetic(200, 1, held_out=True)).to_jsonl("others.jsonl")
+        parallel.tiny_model("tiny", hidden_size=64, num_hidden_layers=2)
+        sft.prepare("sums.jsonl", "tiny", "taught.arrow")
+        sft.train(sft.Config(
+            "tiny", "taught.arrow", "sft", batch=16, steps=600, lr=3e-3, min_lr=3e-4, warmup=0.05,
+            max_tokens=4096, device="cpu", log_every=100))
         scores = train(Config(
-            *school(folder), out=str(Path(folder, "ppo")), batch=128, max_prompt=128, max_response=40, minibatches=2,
-            steps=24, lr=2e-4, critic_lr=1e-3, warmup=5, eval_every=8, eval_temperature=1.0, log_every=4, device="cpu"))
-    print("score on new problems: " + ", ".join(f"{score:.0%} after {step} steps" for step, score in scores.items()))
+            "sft/model", "sums.jsonl", "others.jsonl", out="ppo", batch=128, samples=1, max_prompt=128,
+            max_response=40, minibatches=2, steps=24, lr=2e-4, critic_lr=1e-3, critic_warmup=0, warmup=5,
+            eval_every=8, eval_temperature=1.0, graders=1, log_every=4, device="cpu"))
+    print("score on new problems, by steps before it:", scores)
     assert scores[24] > scores[0] + 0.2, "PPO should have raised the score by 20 points"
 
 def main() -> None:
     if len(sys.argv) == 1 and "RANK" not in os.environ:
         return demo()
-    train(sft.arguments(Config))
+    with mistakes():
+        train(arguments(Config))
     if dist.is_initialized():
         dist.destroy_process_group()
 

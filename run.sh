@@ -7,86 +7,30 @@ help() {
     cat <<'TEXT'
 usage: bash run.sh [STAGE] [NAME=VALUE ...]
 
-  (none)      the pipeline, stage after stage: model, data, sft, evaluate, ppo, evaluate. What is there already is not
-              done again, and what was interrupted goes on
+  (none)      the pipeline: model, data, sft, ppo, evaluate. What is there is not done again, what was interrupted goes on
   model       find the base model; on a CPU, make a tiny one
-  data        write what is learned from, and what is asked in the end
-  sft         supervised fine-tuning, and the merge of its shards into a model directory
-  ppo         reinforcement learning from there, and its merge
+  data        find or write what is learned from, and what is asked in the end
+  sft, ppo    supervised fine-tuning; then reinforcement learning: half of the GPUs train, the others generate
   evaluate    ask all models there are, and print one table of their scores
   demo [F]    the demo of one of the eight files, or of all: bash run.sh demo engine
-  test        ruff and the test suite; `test all` adds the long checks, other words go to pytest (`test -k jsonl`)
-  setup       only install what the other stages need
-  help        this text
+  test        ruff and the test suite; `test gpu`: what needs a GPU; `test all`; other words go to pytest (`test -k jsonl`)
+  setup       only install what the other stages need, into the active virtual environment or else into .venv
 
   GPUS=8      how many to use; by default all. With DEVICE=cpu, processes in their place (2)
   DEVICE=cpu  the default where there is no GPU; then a tiny model learns to add, unless MODEL names another
   MODEL=      a model directory or hub id                 (Qwen/Qwen3-0.6B-Base)
-  OUT=        where everything goes                       (runs/gpu or runs/cpu)
-  SFT_DATA=   problems with solutions: .jsonl, hub id     (NotASI/NuminaMath-CoT-Small-Hard-200k)
+  SFT_DATA=   problems with solutions: a file, a hub id   (NotASI/NuminaMath-CoT-Small-Hard-200k)
   RL_DATA=    problems with answers                       (zwhe99/DeepMath-103K)
   TEST_DATA=  those that are asked in the end             (math500)
-  SFT_STEPS=, PPO_STEPS=      fewer steps than there are by default
-  SFT_FLAGS=, PPO_FLAGS=, EVAL_FLAGS=     further flags of sft.py, ppo.py, evaluate.py: PPO_FLAGS="--advantage grpo"
-
-Paths are seen from this folder. What OUT was begun with (MODEL, SFT_DATA, RL_DATA) need not be said again.
-Everything is installed into the active virtual environment, or else into .venv, which is made if need be.
+  OUT=        where everything goes; another model or other data want another one     (runs/gpu or runs/cpu)
+  TP=1 PP=1   parts of each layer, and stages of the pipeline, of those who train; the rest of them is dp
+  SFT_STEPS=, PPO_STEPS=, SFT_FLAGS=, PPO_FLAGS=, EVAL_FLAGS=     fewer steps; further flags: PPO_FLAGS="--advantage grpo"
 TEXT
 }
 
-# --- set-up: a virtual environment with what pyproject.toml asks for ---
-
-find_python() {
-    local candidate
-    for candidate in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-            echo "$candidate"
-            return
-        fi
-    done
-    echo "run.sh: no Python 3.10 or newer was found; install one first" >&2
-    return 1
-}
-
-setup() {       # setup [EXTRA]: the packages of the project, and of one of its extras
-    if [[ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]]; then
-        local python
-        python=$(find_python) || return 1
-        if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-            echo "run.sh: making .venv with $("$python" --version)"
-            "$python" -m venv --clear .venv ||
-                { echo "run.sh: python -m venv failed; on Debian: apt install python3-venv" >&2; return 1; }
-        fi
-        VIRTUAL_ENV=$PWD/.venv
-        export VIRTUAL_ENV PATH=$PWD/.venv/bin:$PATH
-    fi
-    python -m pip --version >/dev/null 2>&1 || python -m ensurepip || return 1
-    local missing
-    missing=$(python - "${1:-}" <<'PYTHON'
-import importlib.metadata as metadata, sys
-from pip._vendor.packaging.requirements import Requirement
-try:
-    import tomllib
-except ImportError:                                 # Python 3.10
-    from pip._vendor import tomli as tomllib
-
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-for line in project["dependencies"] + project["optional-dependencies"].get(sys.argv[1], []):
-    need = Requirement(line)
-    try:
-        here = metadata.version(need.name)
-    except metadata.PackageNotFoundError:
-        here = None
-    if here is None or not need.specifier.contains(here, prereleases=True):
-        print(line)
-PYTHON
-    ) || return 1
-    if [[ -n "$missing" ]]; then
-        echo "run.sh: installing" $missing
-        local packages
-        mapfile -t packages <<<"$missing"
-        python -m pip install --quiet --disable-pip-version-check "${packages[@]}"
-    fi
+fail() {
+    echo "run.sh: $*" >&2
+    exit 2
 }
 
 stage() {       # stage NAME COMMAND...: run it, and name it if it fails
@@ -96,219 +40,141 @@ stage() {       # stage NAME COMMAND...: run it, and name it if it fails
     "$@" || { local code=$?; echo "run.sh: stage '$name' failed (exit $code)" >&2; exit "$code"; }
 }
 
-# --- the pipeline: what runs where; a model is there when its weights are, which come last and whole ---
-
-record() {      # record NAME...: what OUT has was made from these
-    local name
-    for name; do echo "$name=${!name}" >>"$OUT/settings"; done
-}
-
-recall() {      # from there; other data, or another model, would be taken for what OUT has already
-    local name was
-    while IFS== read -r name was; do
-        if [[ ${!name:-$was} != "$was" ]]; then
-            echo "run.sh: $OUT was begun with $name=$was; take another OUT for ${!name}" >&2
-            return 2
+setup() {       # setup [test]: what pyproject.toml asks for, unless all of it can be imported
+    if [[ -z ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} ]]; then
+        if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+            local python
+            for python in python3 python3.13 python3.12 python3.11 python3.10 ''; do
+                "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
+            done
+            [[ $python ]] || fail "no Python 3.10 or newer was found; install one first"
+            "$python" -m venv --clear .venv || fail "python -m venv failed; on Debian: apt install python3-venv"
         fi
-        [[ $was == "$OUT"/* ]] || declare -g "$name=$was"
-    done <"$OUT/settings"
+        export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
+    fi
+    local needed=(torch triton transformers math_verify numpy matplotlib cloudpickle)
+    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb datasets pandas ray)
+    python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "${needed[@]}" && return
+    echo "run.sh: installing"
+    python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
 }
+
+# --- the pipeline: what runs where; a model is there when its weights are, which come last and whole ---
 
 settle() {      # devices and sizes, from what the machine has and what the caller said
     local gpus
-    gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+    gpus=$([[ ${DEVICE:-} == cpu ]] && echo 0 || python -c 'import torch; print(torch.cuda.device_count())')
     DEVICE=${DEVICE:-$([[ $gpus -gt 0 ]] && echo cuda || echo cpu)}
     GPUS=${GPUS:-$([[ $DEVICE == cuda ]] && echo "$gpus" || echo 2)}
-    if [[ ! $DEVICE =~ ^(cuda|cpu)$ || ! $GPUS =~ ^[1-9][0-9]*$ || ($DEVICE == cuda && $GPUS -gt $gpus) ]]; then
-        echo "run.sh: DEVICE is cuda or cpu, GPUS at least 1 and at most the $gpus there are; got $DEVICE, $GPUS" >&2
-        return 2
-    fi
-    if [[ $DEVICE == cpu ]]; then
-        export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=      # processes share the cores
-    else
+    [[ $DEVICE =~ ^(cuda|cpu)$ && $GPUS =~ ^[1-9][0-9]*$ && ($DEVICE == cpu || $GPUS -le $gpus) ]] ||
+        fail "DEVICE is cuda or cpu, GPUS at least 1 and at most the $gpus there are; got $DEVICE, $GPUS"
+    trainers=$((GPUS > 1 ? GPUS / 2 : 1))                   # of ppo.py; the others generate, and one alone does both
+    layout=(--device "$DEVICE" --tp "${TP:-1}" --pp "${PP:-1}" --resume)
+    sft_flags=() ppo_flags=() eval_flags=(--n 4)            # what is not said here has the files' own defaults
+    OUT=${OUT:-runs/${DEVICE/cuda/gpu}} sums=
+    mkdir -p "$OUT"
+    if [[ $DEVICE == cuda ]]; then
         CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$GPUS" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}")
         export CUDA_VISIBLE_DEVICES
-    fi
-    OUT=${OUT:-runs/$([[ $DEVICE == cuda ]] && echo gpu || echo cpu)}
-    mkdir -p "$OUT" || return 1
-    if [[ -f $OUT/settings ]]; then recall || return 2; fi
-    sums=$([[ $DEVICE == cpu && -z ${MODEL:-} ]] && echo yes || true)       # a tiny model that learns to add
-    if [[ -n $sums ]]; then
-        if [[ -n ${SFT_DATA:-}${RL_DATA:-}${TEST_DATA:-} ]]; then
-            echo "run.sh: without a GPU and a MODEL, a tiny model learns sums of its own; say MODEL= to use other data" >&2
-            return 2
-        fi
-        MODEL=$OUT/base SFT_DATA=$OUT/solutions.jsonl PROBLEMS=$OUT/solutions.jsonl TEST_DATA=$OUT/test.jsonl
-        sft_flags=(--batch 16 --steps "${SFT_STEPS:-600}" --lr 3e-3 --min_lr 3e-4 --warmup 0.05 --max_tokens 4096
-                   --log_every 100)
-        ppo_flags=(--batch 128 --steps "${PPO_STEPS:-24}" --max_prompt 128 --max_response 40 --minibatches 2 --lr 2e-4
-                   --critic_lr 1e-3 --warmup 5 --eval_every 8 --eval_temperature 1 --log_every 4 --graders 1)
-        eval_flags=(--n 4 --temperature 1 --top_p 1 --max_tokens 40)
     else
-        MODEL=${MODEL:-Qwen/Qwen3-0.6B-Base} SFT_DATA=${SFT_DATA:-NotASI/NuminaMath-CoT-Small-Hard-200k}
-        RL_DATA=${RL_DATA:-zwhe99/DeepMath-103K} PROBLEMS=$OUT/problems.jsonl TEST_DATA=${TEST_DATA:-math500}
-        sft_flags=(${SFT_STEPS:+--steps "$SFT_STEPS"})      # all else is as the files have it by default
-        ppo_flags=(${PPO_STEPS:+--steps "$PPO_STEPS"})
-        eval_flags=(--n 4)
-    fi
-    read -rd '' -a more <<<"${SFT_FLAGS:-}" || sft_flags+=("${more[@]}")       # 1 is the end of what it reads
-    read -rd '' -a more <<<"${PPO_FLAGS:-}" || ppo_flags+=("${more[@]}")
-    read -rd '' -a more <<<"${EVAL_FLAGS:-}" || eval_flags+=("${more[@]}")
-    if [[ $DEVICE == cpu ]]; then
+        export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=      # processes share the cores
+        ppo_flags=(--generators $((GPUS > trainers ? GPUS - trainers : 1)))
         eval_flags+=(--device cpu)
     fi
+    if [[ $DEVICE == cpu && -z ${MODEL:-} ]]; then          # a tiny model that learns to add
+        [[ -z ${SFT_DATA:-}${RL_DATA:-}${TEST_DATA:-} ]] || fail "without a GPU, say MODEL= to use data of your own"
+        sums=yes MODEL=$OUT/base SFT_DATA=$OUT/sums.jsonl RL_DATA=$OUT/sums.jsonl TEST_DATA=$OUT/test.jsonl
+        sft_flags=(--batch 16 --steps 600 --lr 3e-3 --min_lr 3e-4 --warmup 0.05 --max_tokens 4096 --log_every 100)
+        ppo_flags+=(--batch 128 --samples 1 --steps 24 --max_prompt 128 --max_response 40 --minibatches 2 --lr 2e-4
+                    --critic_lr 1e-3 --critic_warmup 0 --warmup 5 --eval_every 8 --log_every 4 --graders 1)
+        eval_flags+=(--temperature 1 --top_p 1 --max_tokens 40)
+    fi
+    MODEL=${MODEL:-Qwen/Qwen3-0.6B-Base} SFT_DATA=${SFT_DATA:-NotASI/NuminaMath-CoT-Small-Hard-200k}
+    RL_DATA=${RL_DATA:-zwhe99/DeepMath-103K} TEST_DATA=${TEST_DATA:-math500}
+    sft_flags+=(${SFT_STEPS:+--steps "$SFT_STEPS"} ${SFT_FLAGS:-})
+    ppo_flags+=(${PPO_STEPS:+--steps "$PPO_STEPS"} ${PPO_FLAGS:-})
+    eval_flags+=(${EVAL_FLAGS:-})
 }
 
 launch() {      # launch PROCESSES FILE FLAGS...
-    local count=$1
-    shift
-    if [[ $count == 1 ]]; then python "$@"; else torchrun --standalone --nproc-per-node "$count" "$@"; fi
+    if [[ $1 == 1 ]]; then python "${@:2}"; else torchrun --standalone --nproc-per-node "$@"; fi
 }
 
-layout() {      # how a number of processes shares a model: four and more split it both ways
-    if [[ $(($1 % 4)) == 0 ]]; then echo "--tp 2 --pp 2"; fi
-}
-
-make_model() {
-    if [[ -n $sums && ! -f $MODEL/tokenizer.json ]]; then
-        python -c 'import parallel, sys; parallel.tiny_model(sys.argv[1], hidden_size=64, num_hidden_layers=2)' "$MODEL"
-    fi
+run_model() {
+    [[ ! $sums || -f $MODEL/tokenizer.json ]] ||
+        python -c 'import parallel as p, sys; p.tiny_model(sys.argv[1], vocab_size=264, hidden_size=64, num_hidden_layers=2)' "$MODEL"
     python -c 'import parallel, sys; print("the model is in", parallel.local_folder(sys.argv[1]))' "$MODEL" 2>"$OUT/error" ||
-        { tail -n 1 "$OUT/error" >&2
-          echo "run.sh: on a machine that reaches the hub, run  hf download $MODEL --local-dir models/base" >&2
-          echo "run.sh: then, with that folder here,           bash run.sh MODEL=models/base" >&2
-          return 1; }
+        fail "where the hub can be reached: hf download $MODEL --local-dir base; then here: bash run.sh MODEL=base"
 }
 
-make_data() {
-    if [[ -n $sums ]]; then
-        [[ -f $SFT_DATA ]] || python evaluate.py arithmetic --n 10000 --boxed 0.5 --out "$SFT_DATA" || return 1
-        [[ -f $TEST_DATA ]] || python evaluate.py arithmetic --n 200 --seed 1 --held-out --out "$TEST_DATA" || return 1
-    fi
-    if [[ ! -f $OUT/sft.arrow ]]; then
-        python sft.py prepare --data "$SFT_DATA" --model "$MODEL" --out "$OUT/sft.arrow" ||
-            { without_a_hub SFT_DATA "$SFT_DATA"; return 1; }
-        record MODEL SFT_DATA
-    fi
-    if [[ ! -f $PROBLEMS ]]; then
-        python evaluate.py problems --data "$RL_DATA" --model "$MODEL" --out "$PROBLEMS" ||
-            { without_a_hub RL_DATA "$RL_DATA"; return 1; }
-        record RL_DATA
-    fi
-    python -c 'import evaluate, sys; evaluate.load_problems(sys.argv[1])' "$TEST_DATA" ||
-        { without_a_hub TEST_DATA "$TEST_DATA"; return 1; }
+run_data() {
+    [[ ! $sums || -f $SFT_DATA ]] || python evaluate.py arithmetic --n 10000 --boxed 0.5 --out "$SFT_DATA" || return 1
+    [[ ! $sums || -f $TEST_DATA ]] ||
+        python evaluate.py arithmetic --n 200 --seed 1 --held_out --out "$TEST_DATA" || return 1
+    local name
+    local -A split=([SFT_DATA]=train [RL_DATA]=train [TEST_DATA]=test)
+    for name in SFT_DATA RL_DATA TEST_DATA; do
+        python -c 'import evaluate, sys; next(evaluate.read_rows(sys.argv[1], sys.argv[2]))' "${!name}" ${split[$name]} \
+            2>"$OUT/error" ||
+            fail "where the hub can be reached: hf download ${!name} --repo-type dataset --local-dir data;" \
+                "then here: bash run.sh $name=data (a folder, or a file of it: .jsonl, .arrow, .parquet)"
+    done
+    [[ -f $OUT/sft.arrow ]] || python sft.py prepare --data "$SFT_DATA" --model "$MODEL" --out "$OUT/sft.arrow"
 }
 
-without_a_hub() {
-    echo "run.sh: if the hub cannot be reached, save $2 as a .jsonl file (a row a line) and say $1=that/file.jsonl" >&2
-}
-
-needs() {       # needs FILE STAGE
-    [[ -f $1 ]] || { echo "run.sh: there is no $1, which the stage '$2' makes; run that first" >&2; return 1; }
-}
-
+there() { [[ -f $OUT/$1/model/model.safetensors ]]; }
 run_sft() {
-    [[ -f $OUT/sft-model/model.safetensors ]] && { echo "$OUT/sft-model is there"; return; }
-    needs "$OUT/sft.arrow" data || return 1
-    launch "$GPUS" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" --device "$DEVICE" --resume \
-        $(layout "$GPUS") "${sft_flags[@]}" && python parallel.py merge "$OUT/sft" "$OUT/sft-model"
+    there sft && { echo "$OUT/sft/model is there"; return; }
+    [[ -f $OUT/sft.arrow ]] || fail "there is no $OUT/sft.arrow: run the stage 'data' first"
+    launch "$GPUS" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" "${layout[@]}" "${sft_flags[@]}"
 }
 
-run_ppo() {     # half of the GPUs train, the others generate; a single one does both
-    [[ -f $OUT/ppo-model/model.safetensors ]] && { echo "$OUT/ppo-model is there"; return; }
-    needs "$PROBLEMS" data && needs "$OUT/sft-model/model.safetensors" sft || return 1
-    local trainers=$((GPUS > 1 ? GPUS / 2 : 1)) generators=()
-    if [[ $DEVICE == cpu ]]; then generators=(--generators $((GPUS - trainers > 0 ? GPUS - trainers : 1))); fi
-    launch "$trainers" ppo.py --model "$OUT/sft-model" --data "$PROBLEMS" --eval_data "$TEST_DATA" --out "$OUT/ppo" \
-        --device "$DEVICE" --resume $(layout "$trainers") "${generators[@]}" "${ppo_flags[@]}" &&
-        python parallel.py merge "$OUT/ppo/checkpoints/policy" "$OUT/ppo-model"
+run_ppo() {
+    there ppo && { echo "$OUT/ppo/model is there"; return; }
+    there sft || fail "there is no $OUT/sft/model: run the stage 'sft' first"
+    launch "$trainers" ppo.py --model "$OUT/sft/model" --data "$RL_DATA" --out "$OUT/ppo" "${layout[@]}" "${ppo_flags[@]}"
 }
 
 run_evaluate() {
-    local models=("$MODEL") name
-    for name in sft ppo; do
-        if [[ -f $OUT/$name-model/model.safetensors ]]; then models+=("$OUT/$name-model"); fi
-    done
+    local models=("$MODEL")
+    if there sft; then models+=("$OUT/sft/model"); fi
+    if there ppo; then models+=("$OUT/ppo/model"); fi
     python evaluate.py --model "${models[@]}" --data "$TEST_DATA" --out "$OUT/scores" --resume "${eval_flags[@]}"
 }
 
-pipeline() {
-    stage model make_model
-    stage data make_data
-    stage sft run_sft
-    stage evaluate run_evaluate
-    stage ppo run_ppo
-    stage evaluate run_evaluate
-    echo "curves: $OUT/sft/curves.png, $OUT/ppo/curves.png; scores: $OUT/scores/scores.png"
-}
-
-# --- demos and tests ---
-
-run_demo() {
-    local name
-    for name in "${@:-arrowlite actors kernels parallel engine evaluate sft ppo}"; do
-        for name in $name; do stage "$name" demo "$name"; done
-    done
-}
-
-demo() {        # that of parallel.py wants four processes on the CPU, or one on the GPU that there is
-    if [[ $1 == parallel ]] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-        OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node 4 parallel.py --tp 2 --pp 2
-    else
-        python "$1.py"
-    fi
-}
-
-run_tests() {
-    local select=(-m "not slow")
-    if [[ "${1:-}" == all ]]; then
-        select=()
-        shift
-    fi
-    stage ruff python -m ruff check .
-    stage tests python -m pytest "${select[@]}" "$@"
-}
-
-words=() names=" GPUS DEVICE MODEL OUT SFT_DATA RL_DATA TEST_DATA SFT_STEPS PPO_STEPS SFT_FLAGS PPO_FLAGS EVAL_FLAGS "
+# --- a stage, and settings ---
+words=() names=" GPUS DEVICE MODEL OUT SFT_DATA RL_DATA TEST_DATA TP PP SFT_STEPS PPO_STEPS SFT_FLAGS PPO_FLAGS EVAL_FLAGS "
 for word in "$@"; do
     if [[ ${words[0]:-} == test || ! $word =~ ^[A-Z_]+= ]]; then
         words+=("$word")
     elif [[ $names == *" ${word%%=*} "* ]]; then
         export "${word?}"
     else
-        echo "run.sh: there is no setting ${word%%=*}; there are$names" >&2
-        exit 2
+        fail "there is no setting ${word%%=*}; there are$names"
     fi
 done
-set -- "${words[@]}"
-
-case "${1:-pipeline}" in
+name=${words[0]:-pipeline} rest=("${words[@]:1}")
+case $name in
     help | -h | --help) help ;;
     setup) stage setup setup test ;;
     test)
-        shift
         stage setup setup test
-        run_tests "$@"
+        case ${rest[0]:-} in
+            gpu) rest=(-m gpu "${rest[@]:1}") ;;
+            all) rest=("${rest[@]:1}") ;;
+            *) rest=(-m "not slow and not gpu" "${rest[@]}") ;;
+        esac
+        stage ruff python -m ruff check . && stage tests python -m pytest "${rest[@]}"
         ;;
     demo)
-        shift
         stage setup setup
-        run_demo "$@"
+        for file in ${rest[0]:-arrowlite actors kernels parallel engine evaluate sft ppo}; do stage "$file" python "$file.py"; done
         ;;
     pipeline | model | data | sft | ppo | evaluate)
-        [[ $# -lt 2 ]] || { echo "run.sh: one stage at a time; '$2' is one too many" >&2; exit 2; }
+        [[ ! ${rest[0]:-} ]] || fail "one stage at a time; '${rest[0]}' is one too many"
         stage setup setup
-        settle || exit
-        case "${1:-pipeline}" in
-            pipeline) pipeline ;;
-            model) stage model make_model ;;
-            data) stage data make_data ;;
-            *) stage "$1" "run_$1" ;;
-        esac
+        settle
+        for part in ${name/pipeline/model data sft ppo evaluate}; do stage "$part" "run_$part"; done
         ;;
-    *)
-        echo "run.sh: there is no stage '$1'" >&2
-        help >&2
-        exit 2
-        ;;
+    *) fail "there is no stage '$name'; bash run.sh help lists them" ;;
 esac

@@ -1,57 +1,55 @@
 """sft: a model learns from a fixed data set.
 
 Two steps. `prepare` turns any data set into one Arrow file of token ids, and marks the tokens that the assistant would
-have to write: the only ones that are learned. `train` takes rows from it, packs them without padding, and runs them
+have to write: the only ones that are learned. `train` packs rows of it side by side, without padding, and runs them
 over whatever layout of parallel.py there is. With --loss dpo the rows are pairs, and the better of two answers gains.
 
     jsonl, Arrow, parquet, hub         F.arrow                          one micro-batch
     +---------------------+            +--------------------------+     tokens     u u a a . u a a a . u u u a .
-    | problem, solution   |  template  | input_ids   u u u a a .  |     positions  0 1 2 3 4 0 1 2 3 4 0 1 2 3 4
-    | question, answer    | ---------> | loss_mask   0 0 0 1 1 1  |     predict      ^ ^ ^   ^ ^ ^ ^       ^ ^
+    | problem, solution   |  template  | input_ids   u u a a .    |     positions  0 1 2 3 4 0 1 2 3 4 0 1 2 3 4
+    | question, answer    | ---------> | loss_mask   0 0 1 1 1    |     predict      ^ ^ ^   ^ ^ ^ ^       ^ ^
     | messages, prompt .. |  tokenizer | held_out    no           |     cu_seqlens 0 5 10 15: attention ends there
     | chosen, rejected    |            +--------------------------+     (u: user's, a: assistant's, .: end of turn)
-    +---------------------+              select(rows) of a list column IS a packed batch: its values, its offsets
+    +---------------------+
 
 A step is `batch` rows, whatever the layout: they are spread over the micro-batches of all data-parallel ranks so that
-each has the same number of tokens, and every sum is divided by the step's own count of learned tokens. The order of
-the rows is a function of (seed, epoch), the learning rate one of the step. So, beside weights and optimizer, a
-checkpoint needs no more than the number of its step to go on bit by bit.
+each has about as many tokens, and every sum is divided by the step's own count of learned tokens. The order of the
+rows is a function of (seed, epoch), the learning rate one of the step. So, beside weights and optimizer, a checkpoint
+holds no more than the number of its step, and a run that was killed goes on bit by bit.
 
-Public names: prepare, Chat; pack, rows_of_step, Examples; sft_loss, dpo_loss; Trainer, train. What any training run
-needs, ppo.py's too: arguments, claim, cosine, Metrics, curves, peak_flops, memory_gb.
+Public names: prepare, Chat; rows_of_step, Examples; sft_loss, dpo_loss; train. ppo.py needs, too: claim, cosine, Log.
 
     python sft.py                                                              the demo
     python sft.py prepare --data NotASI/NuminaMath-CoT-Small-Hard-200k --model M --out F.arrow
     python sft.py --model M --data F.arrow --out DIR                           one GPU
-    torchrun --nproc-per-node 8 sft.py --model M --data F.arrow --out DIR --tp 2 --pp 2
-    python sft.py bench                                                        a GPU: against a plain transformers loop
+    torchrun --nproc-per-node 8 sft.py --model M --data F.arrow --out DIR      eight
 """
-from __future__ import annotations
-
-import contextlib, functools, hashlib, importlib.util, itertools, json, math, os, re, resource
-import shutil, sys, tempfile, time
-from collections import Counter
+import itertools, json, math, os, random, re, shutil, sys
+import tempfile, time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer, GenerationConfig
 
 import arrowlite as al
 import parallel
+from engine import end_of_turn
+from evaluate import chat_messages, read_rows
+from parallel import arguments, pack
 
-INSTRUCTION = "Work step by step and put the final answer inside \\boxed{}."       # evaluate.py asks in the same words
+# --- settings: the defaults are those of the full pipeline -----------------------------------------------------------
 
 @dataclass
 class Prepare:
-    """The defaults are those of the full pipeline: 181k problems of NuminaMath, of which 1k are held out."""
-    data: str = "NotASI/NuminaMath-CoT-Small-Hard-200k"     # jsonl, arrow, parquet, a directory of them, or a hub id
+    """181k problems of NuminaMath, of which 1k are held out."""
+    data: str = "NotASI/NuminaMath-CoT-Small-Hard-200k"     # jsonl, Arrow, parquet, a directory of them, or a hub id
     model: str = "Qwen/Qwen3-0.6B-Base"     # whose tokenizer and chat template are used
     out: str = "sft.arrow"                  # the file to write
     held_out: float = 1 / 180               # share of the prompts that validate and are never learned
@@ -60,426 +58,278 @@ class Prepare:
 
 @dataclass
 class Config:
-    """The defaults are those of the full pipeline: Qwen3-0.6B on NuminaMath, 2109 steps on eight GPUs."""
+    """Qwen3-0.6B on NuminaMath: 2109 steps on eight GPUs."""
     model: str = "Qwen/Qwen3-0.6B-Base"     # a model directory or a hub id
     data: str = "sft.arrow"                 # what `prepare` wrote
     out: str = "sft"                        # the directory of the run
     # what is learned
-    loss: Literal["sft", "dpo", "ipo"] = "sft"
-    beta: float = 0.1                       # dpo, ipo: how dear it is to leave the reference
-    label_smoothing: float = 0.0            # dpo: the share of pairs that may be the wrong way round
-    length_normalized: bool = False         # dpo, ipo: logprobs a token, not an answer
-    # how
-    epochs: int = 3
-    steps: Optional[int] = None             # end after so many steps, instead of after `epochs`
+    loss: Literal["sft", "dpo"] = "sft"     # dpo: from pairs of a chosen and a rejected answer
+    beta: float = 0.1                       # dpo: how dear it is to leave the reference
+    epochs: int = 3                         # times that each row is learned from
+    steps: int | None = None                # end after so many steps, instead of after `epochs`
     batch: int = 256                        # rows (or pairs) a step, over all GPUs
+    # how
     max_tokens: int = 8192                  # of a micro-batch
     lr: float = 5e-5                        # the highest
     min_lr: float = 5e-6                    # at the end of the cosine
-    warmup: float = 0.1                     # share of the steps
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 1e-3
+    warmup: float = 0.1                     # share of the steps in which the learning rate rises
+    beta1: float = 0.9                      # AdamW's: how long it remembers gradients
+    beta2: float = 0.95                     # AdamW's: how long it remembers their squares
+    weight_decay: float = 1e-3              # of matrices; norms are not decayed
     clip: float = 1.0                       # the largest gradient norm that a step is made with
     explode: float = 1e4                    # a gradient norm above this ends the run
-    seed: int = 0
+    seed: int = 0                           # of the order of the rows
     # where
-    dp: Optional[int] = None                # copies of the model; by default as many as there are GPUs for
+    dp: int | None = None                   # copies of the model; by default as many as there are GPUs for
     pp: int = 1                             # pipeline stages
     tp: int = 1                             # parts of each layer
-    chunks: int = 1                         # stages a GPU; several interleave, and the pipeline is idle for less
     recompute: bool = False                 # activations a second time in the backward pass, instead of keeping them
-    device: Optional[str] = None            # cuda, cpu; otherwise a GPU if there is one
-    dtype: Optional[Literal["bfloat16", "float32", "float64"]] = None       # otherwise what suits the device
+    device: str | None = None               # cuda, cpu; otherwise a GPU if there is one
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None       # otherwise what suits the device
     # what remains
     log_every: int = 1                      # steps from one printed line to the next; metrics.jsonl has them all
     eval_every: int = 100                   # steps from one validation to the next
     save_every: int = 100                   # steps from one checkpoint to the next
     keep: int = 2                           # checkpoints that are kept; 0: all
-    resume: bool = False                    # go on with the run in `out`
-    wandb: Optional[str] = None             # a Weights & Biases project to report to
+    resume: bool = False                    # go on with the run in `out`, if there is one
+    wandb: str | None = None                # a Weights & Biases project to report to
 
 # --- rows: from the shapes that data sets have to conversations ------------------------------------------------------
 
-def _turns(text: str | list, role: str) -> list[dict]:          # a list is of messages already
-    return list(text) if isinstance(text, list) else [{"role": role, "content": text}]
+SHAPES = (("problem", "solution"), ("question", "answer"), ("prompt", "completion"), ("prompt", "response"))
 
-def _math(problem: str, solution: str) -> list[dict]:
-    return _turns(f"{problem}\n{INSTRUCTION}", "user") + _turns(solution, "assistant")
+def turns(text, role):
+    if isinstance(text, list):              # of messages already
+        return text
+    return [{"role": role, "content": text}]
 
-def _question(row: dict) -> list[dict]:
-    """GSM8K ends an answer in "#### 72", after working with notes for a calculator in it, "<<48/2=24>>"."""
-    working, mark, final = row["answer"].rpartition("\n####")
-    if not mark:
-        return _turns(row["question"], "user") + _turns(row["answer"], "assistant")
-    return _math(row["question"], f"{re.sub('<<.*?>>', '', working)}\nThe answer is \\boxed{{{final.strip()}}}.")
-
-def _pair(row: dict, name: str) -> list[dict]:
-    """One of two answers to a prompt, or one of two conversations, which say the prompt themselves."""
-    answer = _turns(row[name], "assistant")
-    if answer and answer[0]["role"] != "assistant":
+def conversation(row, asked, said):
+    question = row.get(asked)
+    answer = row[said]
+    if said == "answer" and "\n####" in answer:
+        # GSM8K: the working, with notes for a calculator, <<48/2=24>>, and in the last line "#### 72"
+        working, _, final = answer.rpartition("\n####")
+        working = re.sub("<<.*?>>", "", working)
+        answer = f"{working}\nThe answer is \\boxed{{{final.strip()}}}."
+        asked = "problem"
+    if asked == "problem":                  # in the words in which evaluate.py and ppo.py ask
+        question = chat_messages(question)
+    answer = turns(answer, "assistant")
+    if answer[0]["role"] != "assistant":    # of a pair: the whole conversation
         return answer
-    if "problem" in row:
-        return _math(row["problem"], "")[:1] + answer
-    if not (prompt := row.get("prompt") or row.get("question")):
-        raise ValueError(f"{name} begins with the assistant's turn, and there is no prompt, question or problem")
-    return _turns(prompt, "user") + answer
+    return turns(question, "user") + answer
 
-def _prompt(messages: list[dict]) -> list[dict]:
-    return list(itertools.takewhile(lambda message: message["role"] != "assistant", messages))
+def conversations(row):
+    """One, or of a pair two: the chosen and the rejected one."""
+    present = {name for name, value in row.items() if value}
+    if present >= {"chosen", "rejected"}:
+        asked = next((asked for asked, _ in SHAPES if asked in present), "prompt")
+        chosen = conversation(row, asked, "chosen")
+        rejected = conversation(row, asked, "rejected")
+        if chosen[:-1] != rejected[:-1]:
+            raise ValueError("chosen and rejected answer different prompts")
+        return [chosen, rejected]
+    for asked, said in SHAPES:              # before messages: NuminaMath's do not ask for a box
+        if present >= {asked, said}:
+            return [conversation(row, asked, said)]
+    if "messages" in present:
+        return [row["messages"]]
+    raise ValueError("no answer: it has no messages, prompt and completion, problem and solution, question and answer, "
+                     "or prompt, chosen and rejected")
 
-SHAPES = {              # columns, and the conversations in them; a row has the first shape of which it has all columns
-    ("chosen", "rejected"): lambda row: {name + "_": _pair(row, name) for name in ("chosen", "rejected")},
-    ("problem", "solution"): lambda row: {"": _math(row["problem"], row["solution"])},      # NuminaMath-CoT, MATH
-    ("question", "r1_solution_1"): lambda row:                          # DeepMath, without the thoughts
-        {"": _math(row["question"], row["r1_solution_1"].split("</think>")[-1])},
-    ("messages",): lambda row: {"": row["messages"]},
-    ("question", "answer"): lambda row: {"": _question(row)},
-    ("prompt", "response"): lambda row: {"": _turns(row["prompt"], "user") + _turns(row["response"], "assistant")},
-}
+def is_held_out(messages, share):
+    """By the words of its first question: with two solutions it is on one side, and in every data set on the same."""
+    question = next(message["content"] for message in messages if message["role"] == "user")
+    return random.Random(" ".join(question.lower().split())).random() < share
 
-def conversations(row: dict) -> dict[str, list[dict]]:
-    """{"": messages}, or for a pair {"chosen_": messages, "rejected_": messages}."""
-    for columns, read in SHAPES.items():
-        if all(row.get(name) is not None for name in columns):
-            return read(row)
-    raise ValueError(f"none of the known shapes, {' | '.join(', '.join(s) for s in SHAPES)}; it has {', '.join(row)}")
+# --- the chat template: which tokens are the assistant's -------------------------------------------------------------
 
 class Chat:
-    """A tokenizer's chat template, and which of the tokens that it makes of a conversation are the assistant's.
+    r"""A tokenizer's chat template, and which of the tokens that it makes of a conversation are the assistant's.
 
     Those are what it has to write after the prompt of a generation (thinking off), up to the mark that ends its turn:
-        <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\nHello<|im_end|>\\n
+        <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nHello<|im_end|>\n
                                                                                      ^^^^^^^^^^^^^^^
     The text is cut there and the pieces are tokenized one by one, so no token lies on a border: as when generating."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.special = tokenizer, tokenizer.all_special_tokens
-        text = self.render([*_turns("question", "user"), *_turns("ANSWER", "assistant")])
-        self.end = text.rpartition("ANSWER")[2].strip()         # <|im_end|>: not always tokenizer.eos_token
-        if self.end not in tokenizer.get_vocab():
-            raise ValueError("the chat template does not end an assistant's turn with one token; take another model")
+        end = end_of_turn(tokenizer)
+        if end is None:
+            raise ValueError("no chat template that ends the assistant's turn with one token; take another model")
+        self.tokenizer = tokenizer
+        self.end = tokenizer.convert_ids_to_tokens(end)         # <|im_end|>: not always tokenizer.eos_token
+        self.render = partial(tokenizer.apply_chat_template, tokenize=False)
 
-    def render(self, messages: list[dict], **options) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-
-    def pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
-        """The text of a conversation, cut where the assistant begins and ends, and whether a piece is the assistant's.
-        The borders are found in the whole text: templates render the last turn differently."""
-        self._check(messages)
-        messages = [m | {"content": m["content"].strip()} if m["role"] == "assistant" else m for m in messages]
-        text, cuts = self.render(messages), [0]
-        text.encode()           # raises for this row alone, as the tokenizer would for all: half of a surrogate pair
-        for k, message in enumerate(messages):
-            if message["role"] == "assistant":
-                heads = (self.render(messages[:k], add_generation_prompt=True, **options)
-                         for options in ({"enable_thinking": False}, {}))       # Qwen3: the last turn, and those before
-                start = next((len(head) for head in heads if text.startswith(head)), None)
-                if start is None:
-                    raise ValueError(f"the chat template writes turn {k} differently than the prompt to generate it")
-                cuts += [start, text.index(self.end, start) + len(self.end)]
-        return [(text[a:b], i % 2 == 1) for i, (a, b) in enumerate(itertools.pairwise([*cuts, len(text)]))]
-
-    def _check(self, messages: list[dict]) -> None:
-        if not messages:
-            raise ValueError("the conversation has no turns")
+    def pieces(self, messages):
+        """The text of a conversation, cut where the assistant begins and ends: every second piece is the assistant's.
+        The borders are found in the whole text, as templates render the last turn differently."""
+        turns = []
         for message in messages:
-            if not isinstance(message.get("content"), str) or not message["content"].strip():
-                raise ValueError(f"the {message.get('role')}'s turn has no text")
-            if marks := [token for token in self.special if token in message["content"]]:   # one may end the turn
-                raise ValueError(f"the text has a special token in it, {marks[0]}")
-        if messages[-1]["role"] != "assistant":
-            raise ValueError("the last turn is not the assistant's")
+            text = message["content"]
+            if message["role"] == "assistant":
+                text = text.strip()
+            if not text or any(token in text for token in self.tokenizer.all_special_tokens):
+                raise ValueError("a turn is empty, or has a special token in it, which may end a turn")
+            turns.append(message | {"content": text})
+        if turns[-1]["role"] != "assistant":
+            raise ValueError("no answer: the last turn is not the assistant's")
+        whole = self.render(turns)
+        whole.encode()          # raises for this row alone, as the tokenizer would for all: half of a surrogate pair
+        cuts = [0]
+        for k, turn in enumerate(turns):
+            if turn["role"] == "assistant":
+                head = self.render(turns[:k], add_generation_prompt=True, enable_thinking=False)
+                if not whole.startswith(head):                  # Qwen3 has empty thoughts in the last turn alone
+                    head = self.render(turns[:k], add_generation_prompt=True)
+                if not whole.startswith(head):
+                    raise ValueError("the chat template writes a turn differently than the prompt to generate it")
+                cuts += [len(head), whole.index(self.end, len(head)) + len(self.end)]
+        return [whole[start:end] for start, end in itertools.pairwise([*cuts, len(whole)])]
 
-    def encode(self, documents: list[list[tuple[str, bool]]]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(token ids, mask) of each; the tokenizer spreads the pieces of all of them over the CPU's cores."""
-        texts = [text for pieces in documents for text, _ in pieces]
-        encodings = iter(self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        encoded = []
-        for pieces in documents:
-            parts = [next(encodings).ids for _ in pieces]
-            mask = np.repeat([learned for _, learned in pieces], [len(part) for part in parts])
-            encoded.append((np.array(list(itertools.chain(*parts)), np.int32), mask.astype(np.uint8)))
-        return encoded
+    def encode(self, documents):
+        """(token ids, mask) of pieces, one by one; the tokenizer spreads a thousand at a time over the CPU's cores."""
+        for start in range(0, len(documents), 1000):
+            some = documents[start : start + 1000]
+            encode = self.tokenizer.backend_tokenizer.encode_batch_fast
+            encodings = iter(encode(list(itertools.chain(*some)), add_special_tokens=False))
+            for pieces in some:
+                parts = [next(encodings).ids for _ in pieces]
+                learned = np.arange(len(parts), dtype=np.uint8) % 2
+                yield np.array(sum(parts, []), np.int32), learned.repeat([len(part) for part in parts])
+
+def marked(pieces):
+    """As the model will see it; what is learned stands in [[ ]]."""
+    forms = itertools.cycle(["{}", "[[{}]]"])
+    return "".join(form.format(text) for form, text in zip(forms, pieces))
 
 # --- prepare: a data set becomes an Arrow file -----------------------------------------------------------------------
 
-def read_rows(data: str, split: str = "train"):
-    """(where it stands, row) one by one. A line of jsonl is not parsed yet: a bad one is only skipped."""
-    path, kinds = Path(data), (".jsonl", ".arrow", ".parquet")
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in kinds)
-        if not files:
-            raise FileNotFoundError(f"{data} has no {', '.join(kinds)} files in it")
-        for file in files:
-            yield from read_rows(str(file))
-    elif path.suffix in (".jsonl", ".json") and path.exists():
-        with open(path, "rb") as lines:
-            yield from ((f"{path}, line {i}", line) for i, line in enumerate(lines, 1) if line.strip())
-    elif path.suffix == ".parquet" and path.exists():
-        import pyarrow.parquet
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1000)
-        rows = itertools.chain.from_iterable(al.Table.from_arrow(batch) for batch in batches)
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(rows))
-    elif path.exists():
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(al.read(path)))
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", data) and path.suffix not in kinds:
-        import datasets
-        rows = datasets.load_dataset(data, split=split, streaming=True)
-        yield from ((f"{data}, row {i}", row) for i, row in enumerate(rows))
-    else:
-        raise FileNotFoundError(f"{data} is neither a file, nor a directory, nor a data set's hub id such as org/name")
+SIDES = {1: ("",), 2: ("chosen_", "rejected_")}     # of a row's documents: what the names of their columns begin with
 
-def is_held_out(messages: list[dict], share: float) -> bool:
-    """By a hash of the prompt, whatever its spaces and capitals: with two solutions it is on one side, and on the same
-    side of every data set that it is in."""
-    text = " ".join(" ".join(message["content"].lower().split()) for message in _prompt(messages))
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
-
-def check_pair(chosen: list[dict], rejected: list[dict]) -> None:
-    if chosen == rejected:
-        raise ValueError("chosen and rejected are the same")
-    if _prompt(chosen) != _prompt(rejected):
-        raise ValueError("chosen and rejected answer different prompts")
-
-def tokenize(chat: Chat, rows: list, held_out: float, max_tokens: int):
-    """(where, what `prepare` writes of this row, or in words why it cannot be used)."""
-    parsed = []
-    for where, row in rows:
-        try:
-            talks = conversations(json.loads(row) if isinstance(row, bytes) else row)
-            if len(talks) == 2:
-                check_pair(*talks.values())
-            documents = {prefix: chat.pieces(messages) for prefix, messages in talks.items()}
-            parsed.append((where, is_held_out(next(iter(talks.values())), held_out), documents))
-        except Exception as error:                      # a row can be wrong in more ways than there are names for
-            yield where, f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    encoded = iter(chat.encode([pieces for _, _, documents in parsed for pieces in documents.values()]))
-    for where, held, documents in parsed:
-        record, total = {"held_out": held}, 0
-        for prefix in documents:
-            ids, mask = next(encoded)
-            record |= {prefix + "input_ids": ids, prefix + "loss_mask": mask}
-            total += len(ids)
-        yield where, record if total <= max_tokens else f"{total:,} tokens are more than max_tokens={max_tokens}"
-
-def prepare(data: str, model, out: str, held_out: float = 1 / 180, max_tokens: int = 8192,
-            split: str = "train") -> Counter:
+def prepare(data, model, out, held_out=1 / 180, max_tokens=8192, split="train"):
     """Write the Arrow file that `train` takes: input_ids list<int32>, loss_mask list<uint8>, held_out bool; of pairs,
-    chosen_input_ids, rejected_input_ids and so on. `model` is a tokenizer or where to find one. A row that cannot be
-    used is named and counted; a data set of which half the rows are so is refused. Rows stream through, 1000 a time."""
-    if not 0 <= held_out <= 1:
-        raise ValueError(f"--held_out {held_out} is a share, and should be from 0 to 1")
-    chat = Chat(AutoTokenizer.from_pretrained(model) if isinstance(model, (str, Path)) else model)
-    rows, counts, skipped, writer = read_rows(data, split), Counter(), [], None
-    with contextlib.ExitStack() as stack, tqdm(desc=f"prepare {out}", unit=" rows") as bar:
-        while group := list(itertools.islice(rows, 1000)):
-            records = []
-            for where, result in tokenize(chat, group, held_out, max_tokens):
-                if isinstance(result, dict) and not writer:
-                    types = {name: "bool" if name == "held_out" else f"list<{x.dtype}>" for name, x in result.items()}
-                    metadata = {"tokens_below": str(len(chat.tokenizer)), "end_of_turn": chat.end}
-                    writer = stack.enter_context(al.Writer(out, al.Schema(types, metadata)))
-                if isinstance(result, dict) and list(result) == writer.schema.names:
-                    records.append(result)
-                    continue
-                why = "pairs and single answers cannot stand in one file" if isinstance(result, dict) else result
-                skipped.append(f"{where}: {why}")
-                if len(skipped) <= 10:
-                    bar.write(f"skipped {skipped[-1]}", sys.stderr)
-            if records:
-                writer.write({name: [record[name] for record in records] for name in records[0]})
-            counts.update(rows=len(records), skipped=len(group) - len(records),
-                          held_out=sum(record["held_out"] for record in records),
-                          tokens=sum(len(x) for r in records for name, x in r.items() if name.endswith("input_ids")))
-            bar.update(len(group))
-        if counts["skipped"] >= counts["rows"]:                 # raised in here, so that the file does not appear
-            raise ValueError(f"{len(skipped):,} of {len(skipped) + counts['rows']:,} rows of {data} cannot be used, "
-                             f"the first for this reason: {skipped[0]}" if skipped else f"{data} has no rows")
-    return counts
+    chosen_input_ids, rejected_input_ids and so on. `model` is a tokenizer or where to find one. Rows that cannot be
+    used are counted by their reason; a data set of which half are so is refused."""
+    if Path(out).exists():
+        raise FileExistsError(f"{out} is there already; choose another --out, or remove it")
+    if not hasattr(model, "chat_template"):
+        model = AutoTokenizer.from_pretrained(parallel.local_folder(model))
+    chat = Chat(model)
+    usable = []                             # (where it stands, is it held out, its documents as pieces)
+    skipped = defaultdict(list)             # {why: [where, ...]}
+    for where, row in tqdm(read_rows(data, split), "rows", disable=None):
+        try:
+            talks = conversations(row)
+            usable.append((where, is_held_out(talks[0], held_out), [chat.pieces(talk) for talk in talks]))
+        except Exception as error:          # a row can be wrong in more ways than there are names for
+            skipped[str(error)].append(where)
+    encoded = chat.encode([pieces for _, _, documents in usable for pieces in documents])
+    columns = defaultdict(list)
+    for where, held, documents in usable:
+        row = [next(encoded) for _ in documents]
+        if sum(len(ids) for ids, _ in row) > max_tokens:
+            skipped[f"too long: more than --max_tokens {max_tokens}"].append(where)
+            continue
+        if not columns:
+            print(f"{where} as the model will see it; what is learned stands in [[ ]]:",
+                  *map(marked, documents), sep="\n")
+        columns["held_out"].append(held)
+        for side, (ids, mask) in zip(SIDES[len(row)], row):
+            columns[side + "input_ids"].append(ids)
+            columns[side + "loss_mask"].append(mask)
+    for why, places in skipped.items():
+        print(f"skipped {len(places):,} rows, the first {places[0]}: {why}")
+    rows = len(columns["held_out"])
+    lost = sum(map(len, skipped.values()))
+    if rows <= lost:
+        raise ValueError(f"{rows:,} rows of {data} can be used and {lost:,} cannot: {'; '.join(skipped)}")
+    al.write(al.Table.from_pydict(columns), out)
+    return {"rows": rows, "held_out": sum(columns["held_out"]), "skipped": lost}
 
 # --- batches: rows of the file to packed tokens ----------------------------------------------------------------------
 
-def pack(lengths, capacity: int, multiple: int = 1) -> list[list[int]]:
-    """Spread rows over as few micro-batches of at most `capacity` tokens as will do (a multiple of `multiple`, as many
-    for each rank), so that all get about the same number of tokens. Longest first, always into the emptiest; where
-    that does not fit, into the first that has room, which wastes less but leaves the last one half empty."""
-    lengths = np.asarray(lengths)
-    if len(lengths) and lengths.max() > capacity:
-        raise ValueError(f"a row of {lengths.max():,} tokens does not fit into micro-batches of {capacity:,}; "
-                         f"raise --max_tokens, or prepare the data with --max_tokens {capacity}")
-    order = np.argsort(-lengths, kind="stable").tolist()
-    least = -(-int(lengths.sum()) // (capacity * multiple)) * multiple
-    for count in itertools.count(max(least, multiple), multiple):
-        for emptiest in (True, False):
-            loads, bins = np.zeros(count, np.int64), [[] for _ in range(count)]
-            for row in order:
-                b = int(loads.argmin() if emptiest else (loads + lengths[row] <= capacity).argmax())    # no room: 0
-                loads[b] += lengths[row]
-                bins[b].append(row)
-            if loads.max() <= capacity:
-                return bins
-
-@functools.lru_cache(2)         # at the end of an epoch the next step is of the next one already
-def _order(rows: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(rows)
-
-def rows_of_step(step: int, rows: int, batch: int, seed: int) -> np.ndarray:
-    """Which of the `rows` rows step `step` learns from. Each epoch has an order of its own, and leaves out the few rows
-    at its end that do not fill a step."""
+def rows_of_step(step, rows, batch, seed):
+    """Which of the `rows` rows step `step` (from 0 on) learns from. Each epoch has an order of its own, and leaves out
+    the few rows at its end that do not fill a step."""
     epoch, at = divmod(step, max(1, rows // batch))
-    return _order(rows, seed, epoch)[at * batch : (at + 1) * batch]
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return order[at * batch : (at + 1) * batch]
 
 class Examples:
-    """The rows of a prepared file. Nothing is read before it is asked for: the file is mapped into memory."""
+    """The rows of a prepared file. Each is one document or, of a pair, two: the chosen one and the rejected one."""
 
-    def __init__(self, path: str, pairs: bool = False):
-        make = f"python sft.py prepare --data {'PAIRS' if pairs else 'SRC'} --model M --out F.arrow"
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no file {path} to learn from; make one with: {make}")
-        self.path, self.table = path, al.read(path)
-        self.prefixes = ("chosen_", "rejected_") if pairs else ("",)
-        names, parts = self.table.column_names, ("input_ids", "loss_mask")
-        if missing := {prefix + part for prefix in self.prefixes for part in parts} - set(names):
-            raise ValueError(f"{path} has no column {min(missing)!r} but {', '.join(names)}; make it with: {make}")
-        self.documents, masks = (np.stack([self._lengths(prefix + part) for prefix in self.prefixes], 1)
-                                 for part in parts)                                 # tokens in each, [rows, 1 or 2]
-        if (bad := ((self.documents != masks) | (self.documents < 1)).any(1)).any():
-            raise ValueError(f"row {bad.argmax()} of {path} is empty, or its mask of another length; prepare it again")
-        self.lengths = self.documents.sum(1)                                        # [rows]
-        metadata = {key.decode(): value.decode() for key, value in self.table.schema.metadata.items()}
-        self.tokens_below, self.end_of_turn = int(metadata.get("tokens_below", 0)), metadata.get("end_of_turn")
-        self.reference = metadata.get("reference")
-        held = self.table["held_out"].to_numpy() if "held_out" in names else np.zeros(len(self.table))
-        self.held_out, self.learned = np.flatnonzero(held), np.flatnonzero(held == 0)           # numbers of rows
+    def __init__(self, path, pairs=False):
+        table = al.read(path)
+        sides = SIDES[1 + pairs]
+        if sides[0] + "input_ids" not in table.column_names:
+            raise ValueError(f"{path} has no {sides[0]}input_ids; make it with: python sft.py prepare --out {path}")
+        columns = [table[side + name] for side in sides for name in ("input_ids", "loss_mask")]
+        parts = [np.split(column.flatten().to_numpy(), column.lengths().cumsum()[:-1]) for column in columns]
+        self.rows = list(zip(*parts))       # (ids, mask), or (ids of the chosen, mask, ids of the rejected, mask)
+        self.lengths = np.stack([column.lengths() for column in columns[0::2]], 1)      # [rows, 1 or 2] tokens
+        # Of these are learned; never a document's first, which nothing precedes.
+        self.targets = np.array([[mask[1:].sum() for mask in row[1::2]] for row in self.rows], int)
+        self.reference = torch.zeros(self.lengths.shape)                                # dpo: logprobs
+        held_out = table["held_out"].to_numpy()
+        self.held_out = np.flatnonzero(held_out)                                        # numbers of rows
+        self.learned = np.flatnonzero(held_out == 0)
 
-    def _lengths(self, name: str) -> np.ndarray:
-        return np.concatenate([np.diff(a.used()[0]) for a in self.table[name].batches()] or [np.zeros(0, np.int64)])
-
-    def gather(self, name: str, rows) -> tuple[np.ndarray, np.ndarray]:
-        """A list column of these rows (of pairs first all chosen) end to end, and their bounds, [documents + 1]."""
-        parts = [self.table[prefix + name].select(rows).combine().used() for prefix in self.prefixes]
-        bounds = np.concatenate([[0], *(np.diff(offsets) for offsets, _ in parts)]).cumsum()
-        return np.concatenate([values.to_numpy() for _, values in parts]), bounds
-
-    def mask(self, rows) -> np.ndarray:
-        """Which tokens are learned; never a document's first, before which there is nothing to predict it from."""
-        mask, bounds = self.gather("loss_mask", rows)
-        mask = mask.astype(bool)
-        mask[bounds[:-1]] = False
-        return mask
-
-    def micro_batch(self, rows, count: int, device) -> dict:
-        """Packed, on its way to the device. The prediction of a token is made from the hidden state before it, so the
-        head is only applied there: `predict` are those places, `targets` the tokens that come next."""
-        tokens, bounds = self.gather("input_ids", rows)
-        mask = self.mask(rows)
-        predict = np.flatnonzero(mask) - 1
-        arrays = {"tokens": tokens.astype(np.int64), "cu_seqlens": bounds.astype(np.int32), "predict": predict,
-                  "positions": np.arange(len(tokens)) - np.repeat(bounds[:-1], np.diff(bounds)),
-                  "targets": tokens[predict + 1].astype(np.int64)}
-        if len(self.prefixes) > 1:
-            arrays["answers"] = np.add.reduceat(mask, bounds[:-1], dtype=np.int64)              # [2 * pairs] tokens
-            if self.reference:
-                arrays["reference"] = np.concatenate([self.table[p + "reference"].select(rows).to_numpy()
-                                                      for p in self.prefixes])                  # [2 * pairs]
-        batch = {name: _to(torch.from_numpy(a), device) for name, a in arrays.items()}
-        return batch | {"count": count, "max_seqlen": int(np.diff(bounds).max()), "rows": rows}
-
-    def keep_reference(self, logprobs: np.ndarray, identity: str) -> None:
-        """Write the file again with what the reference says of each answer, [rows, 2]."""
-        table = self.table
-        for prefix, column in zip(self.prefixes, logprobs.T):
-            table = table.with_column(prefix + "reference", column)
-        metadata = self.table.schema.metadata | {b"reference": identity.encode()}
-        with al.Writer(self.path, al.Schema(list(table.schema), metadata)) as writer:
-            writer.write(table)
-
-def _to(x: Tensor, device) -> Tensor:
-    """Without waiting: a pinned copy is read by the device when it gets there."""
-    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else x
+    def micro_batches(self, rows, max_tokens, mesh):
+        """These rows, packed: the part of this dp rank. Of pairs, documents are chosen, rejected, chosen, rejected."""
+        bins = pack(self.lengths[rows].sum(1), max_tokens, mesh.dp)
+        batches = []
+        for some in filter(None, bins[mesh.dp_rank :: mesh.dp]):
+            mine = rows[some]
+            parts = list(itertools.chain(*[self.rows[row] for row in mine]))
+            batches.append(parallel.micro_batch(parts[0::2], parts[1::2]) | {
+                "rows": mine, "count": int(self.targets[rows].sum()), "pairs": len(rows),
+                "answers": torch.from_numpy(self.targets[mine].flatten()), "reference": self.reference[mine]})
+        return batches
 
 # --- losses: sums over a micro-batch, divided by the count of the whole step -----------------------------------------
 
-def logprobs(model, hidden: Tensor, batch: dict) -> Tensor:
+def logprobs(model, hidden, batch):
     """Of the learned tokens, [learned]."""
     return model.logprobs(hidden.index_select(0, batch["predict"]), batch["targets"])[0]
 
-def sft_loss(model, hidden: Tensor, batch: dict) -> tuple[Tensor, dict]:
+def sft_loss(model, hidden, batch):
     """The mean over all learned tokens of the step of -log p(token). Every token counts the same, however the step is
     cut into micro-batches."""
     loss = -logprobs(model, hidden, batch).sum() / batch["count"]
     return loss, {"loss": loss.detach()}
 
-def answer_logprobs(model, hidden: Tensor, batch: dict) -> Tensor:
-    """Sums over each answer, [2 * pairs], always in one order; unsafe: without a check that waits for the GPU."""
-    return torch.segment_reduce(logprobs(model, hidden, batch), "sum", lengths=batch["answers"], unsafe=True)
+def answer_logprobs(model, hidden, batch):
+    """Sums over each answer, [pairs, 2], always in one order; unsafe: without a check that waits for the GPU."""
+    return torch.segment_reduce(
+        logprobs(model, hidden, batch), "sum", lengths=batch["answers"], unsafe=True).view(-1, 2)
 
-def dpo_loss(model, hidden: Tensor, batch: dict, kind: str = "dpo", beta: float = 0.1, label_smoothing: float = 0.0,
-             length_normalized: bool = False) -> tuple[Tensor, dict]:
-    """DPO (Rafailov et al. 2023, eq. 7) and IPO (Azar et al. 2023, eq. 17). The reward of an answer is how much
-    likelier it is than under the reference; that of the chosen one has to be the higher."""
-    ratio = answer_logprobs(model, hidden, batch) - batch["reference"]                          # [2 * pairs]
-    if length_normalized:
-        ratio = ratio / batch["answers"]
-    chosen, rejected = ratio.chunk(2)
-    margin = chosen - rejected                                                                  # [pairs]
-    if kind == "ipo":           # towards a fixed margin, so that pairs that agree do not drive it to infinity
-        losses = (margin - 1 / (2 * beta)) ** 2
-    else:                       # -log of the probability that the better one is the better one
-        losses = -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
-    each = {"loss": losses, "accuracy": margin > 0, "margin": beta * margin, "reward": beta * chosen}
-    means = {name: x.detach().double().sum() / batch["count"] for name, x in each.items()}
-    return losses.sum() / batch["count"], means
+def dpo_loss(model, hidden, batch, beta=0.1):
+    """DPO (arXiv 2305.18290, eq. 7). The reward of an answer is how much likelier it is than under the reference, and
+    the loss is -log of the probability that the chosen one is the better one."""
+    rewards = beta * (answer_logprobs(model, hidden, batch) - batch["reference"])       # [pairs, 2]
+    margin = rewards[:, 0] - rewards[:, 1]
+    losses = -torch.nn.functional.logsigmoid(margin)
+    each = {"loss": losses, "accuracy": margin > 0, "margin": margin, "reward": rewards[:, 0]}
+    means = {name: x.double().sum() / batch["pairs"] for name, x in each.items()}
+    return means["loss"], {name: x.detach() for name, x in means.items()}
 
-# --- what a run needs: its directory, its schedule, its numbers ------------------------------------------------------
+# --- what any run needs: its directory, its schedule, its numbers ----------------------------------------------------
 
-def arguments(kind: type, args: list[str] | None = None):
-    """A Config from the command line; an unknown flag is an error."""
-    return kind(**vars(HfArgumentParser(kind).parse_args(args)))
-
-RANGES = {"at least 1": lambda x: x >= 1, "at least 0": lambda x: x >= 0, "above 0": lambda x: x > 0,
-          "from 0 to 1": lambda x: 0 <= x <= 1, "at least 0 and below 1": lambda x: 0 <= x < 1,
-          "finite": math.isfinite}
-
-def check_ranges(config, names: dict[str, str]) -> None:
-    """Refuse numbers that make no sense, of which most would be taken in silence; NaN is in no range."""
-    for words, of in names.items():
-        for name in of.split():
-            value = getattr(config, name)
-            if value is not None and not RANGES[words](value):
-                raise ValueError(f"--{name} {value} should be {words}")
-
-NUMBERS = {"at least 1": "epochs steps batch max_tokens dp pp tp chunks log_every eval_every save_every",
-           "at least 0": "keep weight_decay lr min_lr seed", "above 0": "beta clip explode",
-           "from 0 to 1": "warmup label_smoothing", "at least 0 and below 1": "beta1 beta2"}
-FREE = {"out", "max_tokens", "dp", "pp", "tp", "chunks", "recompute", "device", "log_every", "eval_every", "save_every",
-        "keep", "resume", "wandb"}      # settings that do not change what is computed, but for rounding
-
-def claim(config, free: set[str] = FREE) -> None:
-    """Make `config.out` the directory of this run. One that holds a run already is only taken to go on with that run,
-    with the same settings but for the free ones, which do not change what is computed."""
-    if config.wandb and not importlib.util.find_spec("wandb"):
-        raise ValueError(f"--wandb {config.wandb} needs a package that is not there: pip install wandb")
-    out, saved, old = Path(config.out), Path(config.out, "config.json"), {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        old = json.loads(saved.read_text())
-    if saved.exists() and not {"model", "data", "out"} <= set(old):     # a model's, which a run must not replace
-        raise ValueError(f"{saved} is not a run's but something else's, a model's perhaps; choose another --out")
-    if saved.exists() and not config.resume:
-        raise ValueError(f"{out} already holds a run; go on with it by --resume, or choose another --out")
-    now = {name: value for name, value in asdict(config).items() if name in old.keys() - free}
-    changed = [f"{name} was {old[name]}, now {new}" for name, new in now.items() if old[name] != new]
-    if changed:
-        raise ValueError(f"{out} holds a run with other settings: {'; '.join(changed)}; use the same to resume it")
+def claim(config):
+    """Make `config.out` the directory of this run. One that holds a run already is only taken to go on with it."""
+    settings = asdict(config)
+    path = Path(config.out, "config.json")
+    if path.exists():
+        if re.findall(r'^  "(\w+)":', path.read_text(), re.MULTILINE) != list(settings):    # a model's, ppo.py's
+            raise ValueError(f"{path} is not of a run like this one; choose another --out")
+        if not config.resume:
+            raise ValueError(f"{config.out} holds a run; go on with it by --resume, or choose another --out")
     if dist.is_initialized():
-        dist.barrier()                          # all have looked before one writes
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        saved.write_text(json.dumps(asdict(config), indent=2) + "\n")
-        print("settings:", ", ".join(f"{name}={value}" for name, value in asdict(config).items()))
+        dist.barrier()                      # all have looked before one writes, and all write the same
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=2) + "\n")
 
-def cosine(step: int, steps: int, warmup: float, lr: float, min_lr: float) -> float:
+def cosine(step, steps, warmup, lr, min_lr):
     """The learning rate of a step, from 0 on: a line up for the share `warmup` of all steps, then a cosine down."""
     rise = round(warmup * steps)
     if step < rise:
@@ -487,352 +337,194 @@ def cosine(step: int, steps: int, warmup: float, lr: float, min_lr: float) -> fl
     share = (step - rise) / max(1, steps - 1 - rise)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * share)) / 2
 
-def peak_flops(device) -> float | None:
-    """Operations a second in bf16, without sparsity, by the data sheets; None where they are not known."""
-    name = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else ""
-    peaks = {"H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
-    return next((peak for gpu, peak in peaks.items() if gpu in name), None)
+class Log:
+    """What a run says of itself, by rank 0 alone: a bar, a line a step, metrics.jsonl, curves.png, and wandb if asked.
 
-def memory_gb(device) -> float:
-    """The most that this process has used so far: of the GPU's memory, or of the machine's."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    Steps are counted from 1. A run that goes on after step `start` forgets what was said of later ones: a run that was
+    killed had not saved them, and does them again."""
 
-FORMATS = {"lr": "lr {:.2e}", "tokens": "{:,} tokens", "tokens_per_s": "{:,.0f} tok/s", "mfu": "mfu {:.1%}",
-           "memory_gb": "{:.1f} GB", "seconds": "{:.2f} s", "accuracy": "accuracy {:.1%}"}
-
-class Metrics:
-    """What a run says of itself: a progress bar, a line a step, metrics.jsonl, curves.png. Only rank 0 says it."""
-
-    def __init__(self, config, steps: int, start: int = 0):
-        self.out, self.steps, self.every, self.wandb = Path(config.out), steps, config.log_every, None
-        self.silent = dist.is_initialized() and dist.get_rank() != 0
-        self.bar = tqdm(total=steps, initial=start, desc=self.out.name, disable=self.silent, unit=" steps")
+    def __init__(self, config, steps, start=0):
+        self.config = config
+        self.path = Path(config.out, "metrics.jsonl")
+        self.silent = dist.is_initialized() and dist.get_rank() > 0
+        self.bar = tqdm(total=steps, initial=start, disable=self.silent or None)   # None: no terminal
         if self.silent:
             return
-        path = self.out / "metrics.jsonl"       # less what a killed run wrote after its last checkpoint: it comes again
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        def kept(line):                         # a validation with a line of its own follows the checkpoint of its step
-            values = json.loads(line) if line.endswith("\n") else {"step": math.inf}
-            alone = all(name == "step" or name.startswith("val_") for name in values)
-            return values["step"] < start or values["step"] == start and not alone
-        path.write_text("".join(filter(kept, lines)))
-        self.file = open(path, "a", buffering=1)
+        self.path.touch()
+        lines = re.findall(r'({"step": (\d+).*}\n)', self.path.read_text())             # a kill may cut the last one
+        self.path.write_text("".join(line for line, step in lines if int(step) <= start))
         if config.wandb:
             import wandb
-            self.wandb = wandb.init(project=config.wandb, name=self.out.name, config=asdict(config), resume="allow")
+            self.wandb = wandb.init(project=config.wandb, name=config.out, config=asdict(config))
 
-    def log(self, step: int, **values) -> None:
-        """`step` steps are done. A value that is None is not there."""
+    def log(self, step, **values):
+        """`step` steps are done."""
         if self.silent:
             return
-        values = {name: value for name, value in values.items() if value is not None}
-        self.file.write(json.dumps({"step": step} | values) + "\n")
-        if step % self.every == 0 or step == self.steps:
-            words = [FORMATS.get(name, name + " {:.4g}").format(value) for name, value in values.items()]
-            self.bar.write(" | ".join([f"step {step:>{len(str(self.steps))}}/{self.steps}", *words]), sys.stdout)
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
+        if step % self.config.log_every == 0 or step == self.bar.total:
+            words = [f"{name} {value:.6g}" for name, value in values.items()]
+            self.bar.write(f"step {step}/{self.bar.total} | {' | '.join(words)}")
         self.bar.update(step - self.bar.n)
-        if self.wandb:
+        if self.config.wandb:
             self.wandb.log(values, step=step)
 
-    def close(self) -> None:
+    def close(self):
         self.bar.close()
         if not self.silent:
-            self.file.close()
-            curves(self.out)
+            curves(self.config.out)
 
-def curves(out) -> None:
-    """curves.png from metrics.jsonl: a panel for each number, val_x in that of x."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    panels = {}                                                 # {panel: {name: [(step, value), ...]}}
-    for line in map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines()):
-        for name in line.keys() - {"step"}:
-            panels.setdefault(name.removeprefix("val_"), {}).setdefault(name, []).append((line["step"], line[name]))
-    rows = -(-len(panels) // 4)
-    figure, axes = plt.subplots(rows, 4, figsize=(16, 3 * rows), squeeze=False, layout="constrained")
-    for axis, (panel, series) in itertools.zip_longest(axes.flat, sorted(panels.items()), fillvalue=("", {})):
-        axis.set_title(panel)
-        axis.set_visible(bool(series))
-        for name, points in sorted(series.items()):
-            axis.plot(*zip(*points), label=name, marker="o" if name.startswith("val_") else None, markersize=3)
-        if len(series) > 1:
-            axis.legend(frameon=False)
-    figure.savefig(Path(out, "curves.png"), dpi=80)
-    plt.close(figure)
+def curves(out):
+    """curves.png: each number of metrics.jsonl over the steps."""
+    from matplotlib.figure import Figure
+    columns = al.Table.from_jsonl(f"{out}/metrics.jsonl").to_pydict()
+    steps = columns.pop("step")
+    figure = Figure(figsize=(8, 2 * len(columns)), layout="constrained")
+    for name, axis in zip(columns, figure.subplots(len(columns))):
+        axis.plot(steps, columns[name], ".-")
+        axis.set_title(name)
+    figure.savefig(f"{out}/curves.png")
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Step:
-    """What a step learns from: its rows (of all ranks), how many tokens of them are learned, this rank's part."""
-    rows: np.ndarray
-    targets: int
-    batches: list[dict]
+NAMES = {"sft": ["loss"], "dpo": ["loss", "accuracy", "margin", "reward"]}      # what a loss tells
 
-class Trainer:
-    """A model, its optimizer and the rows to learn from, on one rank of whatever mesh there is."""
+def check(config, examples, shape):
+    """Before the directory of the run is taken: what else would be taken in silence, or be found late."""
+    for name in ("epochs", "batch", "log_every", "eval_every", "save_every"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} should be at least 1")
+    if not 0 <= config.min_lr <= config.lr or not 0 <= config.warmup <= 1:
+        raise ValueError("--min_lr should be from 0 to --lr, and --warmup from 0 to 1")
+    if not len(examples.learned):
+        raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
+    if max(part.max() for row in examples.rows for part in row) >= shape.vocab_size:
+        raise ValueError(f"{config.data} has tokens that {config.model} has not; prepare it with that --model")
+    pack([examples.lengths.sum(1).max()], config.max_tokens)    # raises if the longest row fits no micro-batch
 
-    def __init__(self, config: Config):
-        check_ranges(config, NUMBERS)
-        self.config, self.mesh = config, parallel.init(config.dp, config.pp, config.tp, config.device)
-        self.examples = Examples(config.data, pairs=config.loss != "sft")
-        dtype = getattr(torch, config.dtype) if config.dtype else None
-        self.model = parallel.Qwen3.from_pretrained(config.model, self.mesh, dtype=dtype, chunks=config.chunks,
-                                                    recompute=config.recompute)
-        self.optimizer = parallel.AdamW(self.model, config.lr, (config.beta1, config.beta2),
-                                        weight_decay=config.weight_decay, clip=config.clip)
-        self.check()
-        self.end_turns()
-        self.loss, self.names, self.ahead = sft_loss, ("loss",), None       # ahead: the next Step, once it is there
-        if config.loss != "sft":
-            self.loss = functools.partial(dpo_loss, kind=config.loss, beta=config.beta,
-                                          label_smoothing=config.label_smoothing,
-                                          length_normalized=config.length_normalized)
-            self.names = ("loss", "accuracy", "margin", "reward")
-        self.batch = min(config.batch, len(self.examples.learned))
-        self.data = [len(self.examples.lengths), int(self.examples.lengths.sum())]      # what tells files apart
-        self.steps = config.steps or config.epochs * (len(self.examples.learned) // self.batch)
+def total(x, mesh):
+    """The sum over all ranks; those of a tp group have the same, which counts once."""
+    if mesh.size > 1:
+        dist.all_reduce(x)
+    return x / mesh.tp
 
-    def check(self) -> None:
-        """Before the directory of the run is taken."""
-        config, examples, model = self.config, self.examples, self.model.config
-        if config.min_lr > config.lr:
-            raise ValueError(f"--min_lr {config.min_lr}, where --lr {config.lr} ends, should not be above it")
-        if len(examples.learned) == 0:
-            raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
-        if examples.tokens_below > model.vocab_size:
-            raise ValueError(f"{config.data} has tokens up to {examples.tokens_below:,} and {config.model} knows "
-                             f"{model.vocab_size:,}; prepare it with --model {config.model}")
-        if examples.documents.max() > (most := model.max_position_embeddings):
-            raise ValueError(f"{config.data} has a row of {examples.documents.max():,} tokens, and {config.model} has "
-                             f"{most:,} positions; prepare it with --max_tokens {most}")
-        pack([examples.lengths.max()], config.max_tokens)           # raises if the longest row fits no micro-batch
+def means(config, model, batches, backward=True):
+    """What the loss tells of a step; on the device, so that nobody waits for it."""
+    loss = partial(dpo_loss, beta=config.beta) if config.loss == "dpo" else sft_loss
+    names = NAMES[config.loss]
+    sums = torch.zeros(len(names), dtype=torch.float64, device=model.mesh.device)
+    for found in parallel.run(model, batches, loss, backward=backward):         # none but on the last stage
+        sums += torch.stack(list(found.values()))
+    return dict(zip(names, total(sums, model.mesh)))
 
-    def end_turns(self) -> None:
-        """Let generation end where the assistant's turn does, which a base model's own settings do not: change the
-        files that are saved beside the weights."""
-        if self.mesh.rank > 0 or not (end := self.examples.end_of_turn):
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            for name, content in ({"config.json": self.model.config.to_json()} | self.model.files).items():
-                (folder / name).write_bytes(content)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            tokenizer.eos_token = end
-            tokenizer.save_pretrained(folder)
-            for file in (folder / "config.json", folder / "generation_config.json"):
-                settings = json.loads(file.read_text()) if file.exists() else {}
-                file.write_text(json.dumps(settings | {"eos_token_id": tokenizer.eos_token_id}, indent=2) + "\n")
-            self.model.files = parallel.small_files(folder)
+def reference(config, model, examples):
+    """What the model says of every answer before it learns, [rows, 2]: DPO's frozen reference, kept in memory."""
+    answers = torch.zeros(examples.lengths.shape, dtype=torch.float64, device=model.mesh.device)
 
-    def step(self, rows: np.ndarray) -> Step:
-        examples, mesh, targets = self.examples, self.mesh, int(self.examples.mask(rows).sum())
-        count = targets if len(examples.prefixes) == 1 else len(rows)       # losses are means over tokens, or pairs
-        bins = pack(examples.lengths[rows], self.config.max_tokens, mesh.dp)[mesh.dp_rank :: mesh.dp]
-        return Step(rows, targets, [examples.micro_batch(rows[b], count, mesh.device) for b in bins if b])
+    def score(model, hidden, batch):
+        answers[batch["rows"]] = answer_logprobs(model, hidden, batch).double()
+        return None, None
 
-    def step_after(self, done: int) -> Step:
-        rows = self.examples.learned
-        return self.step(rows[rows_of_step(done, len(rows), self.batch, self.config.seed)])
+    batches = examples.micro_batches(np.arange(len(answers)), config.max_tokens, model.mesh)
+    for batch in tqdm(batches, "reference", disable=model.mesh.rank > 0 or None):
+        parallel.run(model, [batch], score, backward=False)
+    return total(answers, model.mesh).cpu()
 
-    def totals(self, results: list[dict]) -> Tensor:
-        """The sums over all micro-batches of all ranks, [names], still on the device."""
-        sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.mesh.device)
-        for result in results if self.mesh.tp_rank == 0 else []:        # there are none but on the last stage
-            sums += torch.stack([result[name].double() for name in self.names])
-        if self.mesh.size > 1:
-            dist.all_reduce(sums)
-        return sums
-
-    def add_reference(self) -> None:
-        """The reference's logprob of every answer, computed once for a model and a file, and kept in the file."""
-        config, mesh, files = self.config, self.mesh, parallel.local_folder(self.config.model).glob("*.safetensors")
-        identity = f"{config.model} {sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files)}"
-        if self.examples.reference == identity:
-            return
-        values = torch.zeros(len(self.examples.lengths), 2, dtype=torch.float64)
-        def score(model, hidden, batch):
-            return None, {"rows": batch["rows"], "logprobs": answer_logprobs(model, hidden, batch)}
-        for start in tqdm(range(0, len(values), config.batch), "reference", disable=mesh.rank > 0):
-            step = self.step(np.arange(start, min(start + config.batch, len(values))))
-            results = parallel.run(self.model, step.batches, score, backward=False)
-            for result in results if mesh.tp_rank == 0 else []:
-                values[result["rows"]] = result["logprobs"].view(2, -1).T.double().cpu()
-        if mesh.size > 1:
-            dist.all_reduce(values)
-        if mesh.rank == 0:
-            self.examples.keep_reference(values.numpy(), identity)
-        if mesh.size > 1:
-            dist.barrier()
-        self.examples = Examples(config.data, pairs=True)
-
-    def validate(self) -> dict:
-        rows = self.examples.held_out
-        if len(rows) == 0:
-            return {}
-        sums = self.totals(parallel.run(self.model, self.step(rows).batches, self.loss, backward=False))
-        return {"val_" + name: value for name, value in zip(self.names, sums.tolist())}
-
-    def speed(self, step: Step, seconds: float) -> dict:
-        """For the MFU: 6 operations a weight and token, and causal attention; the head only where it is applied."""
-        lengths, model = self.examples.documents[step.rows].ravel(), self.model.config
-        tokens, peak = int(lengths.sum()), peak_flops(self.mesh.device)
-        flops = parallel.training_flops(model, lengths.tolist())
-        flops -= 6 * (tokens - step.targets) * model.vocab_size * model.hidden_size
-        return {"tokens": tokens, "tokens_per_s": tokens / seconds, "memory_gb": memory_gb(self.mesh.device),
-                "mfu": peak and flops / seconds / peak / self.mesh.size, "seconds": seconds}
-
-    def save(self, done: int) -> None:
-        out = Path(self.config.out)
-        parallel.save(out / f"step-{done:06d}", self.model, self.optimizer, {"step": done, "data": self.data})
-        if self.mesh.rank == 0:
-            for old in sorted(out.glob("step-*"))[: -self.config.keep]:
-                shutil.rmtree(old)
-
-    def guard(self, number: int, step: Step, loss: float, norm: float) -> None:
-        """End the run before it saves what a NaN or an explosion has been through."""
-        if math.isfinite(loss) and norm < self.config.explode:
-            return
-        out, words = self.config.out, f"step {number}: the loss is {loss:.4g} and the gradient's norm {norm:.4g}"
-        if self.mesh.rank == 0:
-            Path(out, "stopped.json").write_text(json.dumps({"why": words, "rows": step.rows.tolist()}) + "\n")
-        raise FloatingPointError(f"{words}, learning from the rows {', '.join(map(str, step.rows[:8]))}, ... of "
-                                 f"{self.config.data} (all of them: {out}/stopped.json); the last checkpoint is "
-                                 f"{parallel.latest(out)}")
-
-    def learn(self, number: int) -> dict:
-        """Step `number`, counted from 1."""
-        begin, step = time.perf_counter(), self.ahead or self.step_after(number - 1)
-        sums = self.totals(parallel.run(self.model, step.batches, self.loss))
-        self.ahead = self.step_after(number)            # the next one, while the GPU is still at what it was told to do
-        lr = cosine(number - 1, self.steps, self.config.warmup, self.config.lr, self.config.min_lr)
-        norm = self.optimizer.step(lr).item()           # waits for the gradients; the update itself is not waited for
-        values = dict(zip(self.names, sums.tolist())) | {"grad_norm": norm, "lr": lr}
-        self.guard(number, step, values["loss"], norm)
-        return values | self.speed(step, time.perf_counter() - begin)
-
-    def run(self) -> dict:
-        config, values = self.config, {}
-        found = config.resume and parallel.latest(config.out)
-        state = parallel.load(found, self.model, self.optimizer) if found else {}
-        if state.get("data", self.data) != self.data:
-            raise ValueError(f"{config.data} is not the file that {found} has learned from: it has other rows")
-        start = state.get("step", 0)
-        metrics = Metrics(config, self.steps, start)
-        for number in range(start + 1, self.steps + 1):
-            values = self.learn(number)
-            if number % config.eval_every == 0 or number == self.steps:
-                values |= self.validate()
-            metrics.log(number, **values)
-            if number % config.save_every == 0 or number == self.steps:
-                self.save(number)
-        self.model.save_pretrained(Path(self.config.out, "model"))
-        metrics.close()
-        return values
-
-def train(config: Config) -> dict:
+def train(config):
     """A whole run. Returns the numbers of its last step, on every rank."""
-    trainer = Trainer(config)
+    mesh = parallel.init(config.dp, config.pp, config.tp, config.device)
+    if mesh.device.type == "cpu":
+        torch.set_num_threads(1)            # more of them wait for each other while another process has their core
+    examples = Examples(config.data, config.loss == "dpo")
+    dtype = config.dtype and getattr(torch, config.dtype)
+    model = parallel.Qwen3.from_pretrained(config.model, mesh, dtype=dtype, recompute=config.recompute)
+    optimizer = parallel.AdamW(model, config.lr, (config.beta1, config.beta2), weight_decay=config.weight_decay,
+                               clip=config.clip)
+    check(config, examples, model.config)
     claim(config)
-    if config.loss != "sft":
-        trainer.add_reference()
-    return trainer.run()
+    if config.loss == "dpo":
+        examples.reference = reference(config, model, examples)
+    done = 0
+    if config.resume and parallel.latest(config.out):
+        done = parallel.load(config.out, model, optimizer)["step"]
+    values = learn(config, model, optimizer, examples, done)
+    folder = f"{config.out}/model"
+    model.save_pretrained(folder)
+    if mesh.rank == 0:                      # to generate until the end of the turn: a base model knows that of texts
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        GenerationConfig(eos_token_id=end_of_turn(tokenizer)).save_pretrained(folder)
+    return values
 
-# --- the demo, and a race --------------------------------------------------------------------------------------------
+def learn(config, model, optimizer, examples, done):
+    """The steps that are left."""
+    mesh = model.mesh
+    learned = examples.learned
+    batch = min(config.batch, len(learned))
+    steps = config.steps or config.epochs * (len(learned) // batch)
 
-def demo() -> None:
-    """A model of 0.1M parameters, random at first, learns to add three numbers and is examined on sums that it has not
-    seen. Then it learns, from pairs of a right and a wrong answer, to tell them apart."""
+    def prepared(step):
+        rows = learned[rows_of_step(step, len(learned), batch, config.seed)]
+        return examples.lengths[rows].flatten().tolist(), examples.micro_batches(rows, config.max_tokens, mesh)
+
+    log = Log(config, steps, done)
+    values = {}
+    ahead = prepared(done)
+    for step in range(done + 1, steps + 1):
+        begin = time.perf_counter()
+        lengths, batches = ahead
+        told = means(config, model, batches)
+        lr = cosine(step - 1, steps, config.warmup, config.lr, config.min_lr)
+        norm = optimizer.step(lr)
+        ahead = prepared(step)              # the next step's, while the GPU is at work
+        values = {name: x.item() for name, x in told.items()} | {"grad_norm": norm.item(), "lr": lr}
+        if not math.isfinite(values["loss"]) or not norm < config.explode:
+            raise FloatingPointError(f"step {step}: the loss is {values['loss']:.4g} and the gradient's norm "
+                                     f"{norm:.4g}; the last checkpoint is {parallel.latest(config.out)}")
+        seconds = time.perf_counter() - begin
+        values |= {"tokens": sum(lengths), "tokens_per_s": sum(lengths) / seconds, "seconds": seconds}
+        if mesh.device.type == "cuda":      # a share of what an H100 or H200 can do in bf16, by its data sheet
+            values["mfu"] = parallel.training_flops(model.config, lengths) / seconds / 989e12 / mesh.size
+            values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        if len(examples.held_out) and (step % config.eval_every == 0 or step == steps):
+            batches = examples.micro_batches(examples.held_out, config.max_tokens, mesh)
+            told = means(config, model, batches, backward=False)
+            values |= {f"val_{name}": x.item() for name, x in told.items()}
+        log.log(step, **values)
+        if step % config.save_every == 0 or step == steps:
+            parallel.save(f"{config.out}/step-{step:06d}", model, optimizer, {"step": step})
+            for old in sorted(Path(config.out).glob("step-*"))[: -config.keep]:
+                shutil.rmtree(old, ignore_errors=True)          # by all ranks
+    log.close()
+    return values
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+def demo():
+    """A random model of 0.1M parameters learns to add three numbers, and is asked for sums that it has not seen."""
     from evaluate import arithmetic, evaluate
-    torch.set_num_threads(1)                                    # such small matrices are not worth waking others up
     with tempfile.TemporaryDirectory() as folder:
-        def path(name): return str(Path(folder, name))
-        rows = arithmetic(3000)
-        pairs = [{"problem": row["problem"], "chosen": row["solution"],
-                  "rejected": row["solution"].replace(f"{{{row['answer']}}}", f"{{{int(row['answer']) + 1}}}")}
-                 for row in rows[:400]]
-        for name, some in (("rows", rows), ("pairs", pairs)):
-            Path(path(f"{name}.jsonl")).write_text("".join(json.dumps(row) + "\n" for row in some))
-        parallel.tiny_model(path("tiny"), hidden_size=64, num_hidden_layers=2)
-        print("prepared:", dict(prepare(path("rows.jsonl"), path("tiny"), path("rows.arrow"), held_out=0.05)))
-        sft = train(Config(path("tiny"), path("rows.arrow"), path("sft"), epochs=2, batch=16, lr=3e-3, min_lr=3e-4,
-                           log_every=30))
-        _, summary = evaluate(path("sft/model"), arithmetic(200, seed=1, held_out=True), max_tokens=64)
-        prepare(path("pairs.jsonl"), path("sft/model"), path("pairs.arrow"), held_out=0.1)
-        dpo = train(Config(path("sft/model"), path("pairs.arrow"), path("dpo"), loss="dpo", epochs=1, batch=16, lr=3e-4,
-                           log_every=5))
-    (score, error), accuracy = summary["pass@1"], dpo["val_accuracy"]
-    print(f"sft: loss {sft['loss']:.3f}, held out {sft['val_loss']:.3f}; {score:.1%} (+- {error:.1%}) of unseen sums\n"
-          f"dpo: {accuracy:.1%} of held-out pairs told apart, by a margin of {dpo['val_margin']:.2f}")
-    assert score > 0.4 and accuracy == 1.0, "the demo has not learned what it learns elsewhere"
+        os.chdir(folder)
+        al.write(al.Table.from_pylist(arithmetic(3000)), "sums")
+        parallel.tiny_model("tiny", hidden_size=64, num_hidden_layers=2)
+        print(prepare("sums", "tiny", "sft.arrow", held_out=0.05))
+        train(Config("tiny", epochs=2, batch=16, lr=3e-3, min_lr=3e-4, log_every=30))
+        _, summary = evaluate("sft/model", arithmetic(200, seed=1, held_out=True), max_tokens=64)
+    score, error = summary["pass@1"]
+    print(f"{score:.1%} (+- {error:.1%}) of unseen sums are right")
+    if score < 0.4:
+        sys.exit("the demo has not learned what it learns elsewhere")
 
-def plain_step(model, optimizer, documents: list, capacity: int) -> None:
-    """A step as one writes it first with transformers, of (ids, mask): rows padded to the longest of their micro-batch,
-    and as many in it as fit into the same number of tokens."""
-    groups, learned = [[]], sum(int(mask.sum()) for _, mask in documents)
-    for document in documents:
-        longest = max(len(ids) for ids, _ in [*groups[-1], document])
-        if longest * (len(groups[-1]) + 1) > capacity:
-            groups.append([])
-        groups[-1].append(document)
-    for group in groups:
-        shape = len(group), max(len(ids) for ids, _ in group)
-        tokens, present = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-        labels = torch.full(shape, -100)
-        for i, (ids, mask) in enumerate(group):
-            tokens[i, : len(ids)], present[i, : len(ids)] = torch.from_numpy(ids), 1
-            labels[i, : len(ids)] = torch.from_numpy(np.where(mask, ids, -100))
-        loss = model(tokens.to(model.device), attention_mask=present.to(model.device), labels=labels.to(model.device),
-                     num_items_in_batch=learned).loss
-        loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    norm.item()
-
-def bench(shape: parallel.Config | None = None, batch: int = 256, capacity: int = 16384, steps: int = 8) -> dict:
-    """Tokens a second of Qwen3-0.6B on one GPU, data and optimizer included, beside a plain loop in transformers. The
-    weights and tokens are random, the lengths like those of NuminaMath (a mean of 590), and a quarter is prompt."""
-    from transformers import AutoModelForCausalLM
-    shape = shape or parallel.Config()
-    with tempfile.TemporaryDirectory() as folder:
-        model, data, rng = str(Path(folder, "model")), str(Path(folder, "rows.arrow")), np.random.default_rng(0)
-        lengths = np.clip(rng.lognormal(6.2, 0.6, batch * steps), 64, min(4096, capacity)).astype(int)
-        ids = [rng.integers(0, shape.vocab_size, n, dtype=np.int32) for n in lengths]
-        masks = [(np.arange(n) >= n // 4).astype(np.uint8) for n in lengths]
-        al.write(al.Table.from_pydict({"input_ids": ids, "loss_mask": masks}), data)
-        parallel.Qwen3(shape).save_pretrained(model)
-        trainer = Trainer(Config(model, data, max_tokens=capacity, batch=batch, epochs=1))
-        ours, device = [trainer.learn(i + 1) for i in range(steps)][steps // 2 :], trainer.mesh.device
-        del trainer
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, attn_implementation="sdpa").to(device)
-    optimizer, theirs = torch.optim.AdamW(plain.parameters(), 1e-5, (0.9, 0.95), fused=True), []
-    for number in range(steps):
-        rows, begin = rows_of_step(number, len(ids), batch, 0), time.perf_counter()
-        plain_step(plain, optimizer, [(ids[row], masks[row]) for row in rows], capacity)        # ends in a wait
-        theirs.append({"tokens": int(lengths[rows].sum()), "seconds": time.perf_counter() - begin})
-    mine, other = (sum(x["tokens"] for x in some) / sum(x["seconds"] for x in some)
-                   for some in (ours, theirs[steps // 2 :]))
-    print(f"sft.py       {mine:>10,.0f} tokens/s, mfu {ours[-1]['mfu'] or 0:.1%}, {ours[-1]['memory_gb']:.1f} GB\n"
-          f"plain loop   {other:>10,.0f} tokens/s: {mine / other:.2f} times slower")
-    return {"tokens_per_s": mine, "plain": other}
-
-def main() -> None:
+def main():
     if sys.argv[1:2] == ["prepare"]:
-        print(dict(prepare(**asdict(arguments(Prepare, sys.argv[2:])))))
-    elif sys.argv[1:] == ["bench"]:
-        bench()
+        print(prepare(**asdict(arguments(Prepare, sys.argv[2:]))))
     elif len(sys.argv) > 1 or "RANK" in os.environ:
         train(arguments(Config))
         if dist.is_initialized():
             dist.destroy_process_group()
     else:
         demo()
-        if torch.cuda.is_available():
-            bench()
 
 if __name__ == "__main__":
-    main()
+    with parallel.mistakes():
+        main()
