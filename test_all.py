@@ -787,22 +787,24 @@ def program_async_actors(ray, path):
 
 def program_await(ray, path):
     @ray.remote
-    def square(x):
-        time.sleep(x if x > 100 else 0)
-        return x * x
+    def late():
+        while not (path / "go").exists():
+            time.sleep(0.01)
 
     async def main():
         with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(hanging, 0.3)
+            await asyncio.wait_for(waiting, 0.3)
         with pytest.raises(TypeError):
             await square.remote(None)
         return await asyncio.gather(*[asyncio.wait_for(square.remote(i), 60) for i in range(6)])
 
-    hanging = square.remote(1000)
+    square = ray.remote(lambda x: x * x)
+    waiting = late.remote()
     for _ in range(2):                                          # each time in an event loop of its own
         assert asyncio.run(main()) == [0, 1, 4, 9, 16, 25]
     assert square.remote(3).future().result(60) == 9
-    ray.cancel(hanging, force=True)
+    (path / "go").touch()
+    assert ray.get(waiting) is None
 
 
 def program_restarts_and_kill(ray, path):
@@ -860,7 +862,8 @@ def program_wait_and_timeouts(ray, path):
     failed = ray.remote(lambda: 1 / 0).remote()
     refs = [when.remote("go"), ray.put(1), failed, ray.put(2)]
     assert ray.wait(refs, num_returns=3, timeout=60) == (refs[1:], refs[:1])            # what failed is ready, too
-    assert ray.wait(refs, num_returns=2) == (refs[1:3], [refs[0], refs[3]])
+    ready, rest = ray.wait(refs, num_returns=2)
+    assert len(ready) == 2 and refs[0] in rest          # Ray does not promise which
     assert ray.wait(refs, num_returns=4, timeout=0.1) == (refs[1:], refs[:1])
     (path / "go").touch()
     assert ray.wait(refs, num_returns=4) == (refs, [])
