@@ -1,7 +1,8 @@
 """What this repository claims, as tests: one section a file, in the order of the files.
 
 bash run.sh test            everything that is quick
-bash run.sh test all        and what takes minutes or gigabytes
+bash run.sh test all        and what takes minutes or gigabytes, and the programs on the real Ray
+bash run.sh test gpu        what needs a GPU
 """
 import asyncio
 import contextlib
@@ -11,6 +12,7 @@ import gc
 import itertools
 import json
 import math
+import mmap
 import multiprocessing
 import os
 import pickle
@@ -26,14 +28,13 @@ import tempfile
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import mmap
-from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
