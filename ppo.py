@@ -100,14 +100,14 @@ class Config:
     tp: int = 1                     # parts of each layer
     micro_tokens: int = 16384       # tokens that are trained on at once, on a rank
     recompute: bool = False         # activations, layer by layer: less memory, a third more work
-    device: str = ""                # cuda, cpu; empty: cuda if there is one
-    dtype: str = ""                 # float32, bfloat16, float64; empty: what suits the device
+    device: Literal["cuda", "cpu"] | None = None                            # otherwise a GPU if there is one
+    dtype: Literal["bfloat16", "float32", "float64"] | None = None          # otherwise what suits the device
     save_every: int = 50            # steps from one checkpoint to the next
     keep: int = 2                   # checkpoints
     log_every: int = 10             # steps from one line on the screen to the next; metrics.jsonl has them all
     eval_every: int = 10            # steps from one score to the next
     eval_temperature: float = 0.0   # 0: greedy
-    wandb: str = ""                 # a Weights & Biases project to report to
+    wandb: str | None = None        # a Weights & Biases project to report to
 
 # --- the mathematics -------------------------------------------------------------------------------------------------
 # An action is a token that the model chose. The responses of a batch are rows, sorted by prompt, and what is known of
@@ -453,7 +453,7 @@ class Rollouts:
         self.gpus = left or gpus                                            # ... or all are shared with the trainers
         self.options = {
             "dtype": c.dtype or "auto",
-            "device": c.device or None,
+            "device": c.device,
             "max_num_seqs": 1024,
             "max_model_len": c.max_prompt + c.max_response,
             "gpu_memory_utilization": c.memory or (0.85 if left else 0.4)}
@@ -570,7 +570,7 @@ class Run:
     def __init__(self, c: Config):
         """What can be known to be wrong with the settings is an error before anything is written or started."""
         self.c = c
-        self.mesh = parallel.init(pp=c.pp, tp=c.tp, device=c.device or None)
+        self.mesh = parallel.init(pp=c.pp, tp=c.tp, device=c.device)
         if self.mesh.device.type == "cpu":
             torch.set_num_threads(1)                        # processes share the cores
         check(c)
@@ -591,7 +591,7 @@ class Run:
         self.rollouts = Rollouts(c, problems, held_out, **state) if self.mesh.rank == 0 else None
 
     def model(self, value_head: bool = False) -> Qwen3:
-        dtype = getattr(torch, self.c.dtype) if self.c.dtype else None
+        dtype = self.c.dtype and getattr(torch, self.c.dtype)
         return Qwen3.from_pretrained(
             self.c.model, mesh=self.mesh, dtype=dtype, recompute=self.c.recompute, value_head=value_head)
 
@@ -650,6 +650,8 @@ class Run:
 def check(c: Config) -> None:
     if not (c.model and c.data and c.out):
         raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
+    sft.at_least_one(
+        c, "batch", "samples", "max_response", "minibatches", "epochs", "steps", "save_every", "log_every", "eval_every")
     positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
     if c.max_prompt + c.max_response > positions:
         raise ValueError(f"--max_prompt + --max_response are more than the {positions} tokens that the model knows")

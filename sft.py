@@ -84,7 +84,7 @@ class Config:
     pp: int = 1                             # pipeline stages
     tp: int = 1                             # parts of each layer
     recompute: bool = False                 # activations a second time in the backward pass, instead of keeping them
-    device: str | None = None               # cuda, cpu; otherwise a GPU if there is one
+    device: Literal["cuda", "cpu"] | None = None                         # otherwise a GPU if there is one
     dtype: Literal["bfloat16", "float32", "float64"] | None = None       # otherwise what suits the device
     # what remains
     log_every: int = 1                      # steps from one printed line to the next; metrics.jsonl has them all
@@ -315,6 +315,11 @@ def dpo_loss(model, hidden, batch, beta=0.1):
 
 # --- what any run needs: its directory, its schedule, its numbers ----------------------------------------------------
 
+def at_least_one(config, *names):
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} {getattr(config, name)} should be at least 1")
+
 def claim(config):
     """Make `config.out` the directory of this run. One that holds a run already is only taken to go on with it."""
     settings = asdict(config)
@@ -392,9 +397,7 @@ NAMES = {"sft": ["loss"], "dpo": ["loss", "accuracy", "margin", "reward"]}      
 
 def check(config, examples, shape):
     """Before the directory of the run is taken: what else would be taken in silence, or be found late."""
-    for name in ("epochs", "batch", "log_every", "eval_every", "save_every"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} {getattr(config, name)} should be at least 1")
+    at_least_one(config, "epochs", "batch", "log_every", "eval_every", "save_every")
     if not 0 <= config.min_lr <= config.lr or not 0 <= config.warmup <= 1:
         raise ValueError("--min_lr should be from 0 to --lr, and --warmup from 0 to 1")
     if not len(examples.learned):

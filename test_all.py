@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -2798,46 +2799,44 @@ def by_row(x):
     return [row.numpy() for row in x.split(LENGTHS.tolist())]
 
 
-def is_flat(x, rows):
-    """Whether the actions end to end are those of the rows."""
-    return np.allclose(x, np.concatenate(rows), atol=1e-12, rtol=0)
+def same(x, want):
+    torch.testing.assert_close(x, torch.as_tensor(want), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9, 0.0])
-@pytest.mark.parametrize("lam", [1.0, 0.7, 0.0])
-def test_gae_is_the_double_sum_over_later_errors(gamma, lam):
-    rewards = noise(1)
-    values = noise(2)
-    want = []
-    for r, v in zip(by_row(rewards), by_row(values)):
-        delta = r + gamma * np.append(v[1:], 0) - v
-        decay = (gamma * lam) ** np.arange(len(r))
-        want.append([delta[t:] @ decay[:len(r) - t] for t in range(len(r))])
-    assert is_flat(ppo.gae(rewards, values, LENGTHS, gamma, lam), want)
-
-
-def test_responses_are_measured_against_those_to_their_prompt():
-    scores = noise(3, 12)
-    group = scores.view(3, 4).numpy().T                         # [samples, prompts]
-    grpo = (group - group.mean(0)) / (group.std(0, ddof=1) + 1e-6)
-    rloo = group - (group.sum(0) - group) / 3
-    assert is_flat(ppo.group_advantages("grpo", scores, 4), grpo.T)
-    assert is_flat(ppo.group_advantages("rloo", scores, 4), rloo.T)
-
-
-@pytest.mark.parametrize("samples", [1, 2])
-def test_reinforce_whitens_what_is_to_come_above_the_mean_of_the_group(samples):
-    c = ppo.Config(advantage="reinforce++", samples=samples, kl="k1", kl_coef=0.3)
-    batch = {"lengths": LENGTHS, "score": noise(4, 4), "prox": noise(5), "reference": noise(6)}
-    rewards = by_row(-0.3 * (batch["prox"] - batch["reference"]))
-    for row, score in zip(rewards, batch["score"]):
-        row[-1] += score
-    sums = np.array([row.sum() for row in rewards])
-    mean = sums.reshape(2, 2).mean(1).repeat(2) * (samples > 1)
-    to_come = [row[::-1].cumsum()[::-1] for row in rewards]
-    want = np.concatenate(to_come) - mean.repeat(LENGTHS)
-    ppo.estimate(batch, c)
-    assert is_flat(batch["advantages"], [(want - want.mean()) / np.sqrt(want.var() + 1e-8)])
+@pytest.mark.parametrize("kind, samples", [
+    ("gae", 1), ("grpo", 2), ("rloo", 4), ("reinforce++", 1), ("reinforce++", 2)])
+def test_advantages_are_the_formulas_of_their_papers(kind, samples):
+    batch = {"lengths": LENGTHS, "score": noise(4, 4)}
+    batch |= {name: noise(i) for i, name in enumerate(["prox", "reference", "values"])}
+    for gamma, lam, kl in itertools.product([1, 0.9, 0], [1, 0.7, 0], ["none", "k1"]):
+        ppo.estimate(batch, ppo.Config(
+            advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
+            max_response=9, overlong_buffer=4))
+        cost = 0.3 * (kl == "k1")
+        rewards = by_row(-cost * (batch["prox"] - batch["reference"]))
+        for row, score in zip(rewards, batch["score"]):
+            row[-1] += score - np.clip((len(row) - 5) / 4, 0, 1)
+        sums = np.array([row.sum() for row in rewards])
+        groups = sums.reshape(-1, samples).repeat(samples, axis=0)
+        want = []
+        for r, v, own, group in zip(rewards, by_row(batch["values"]), sums, groups):
+            n = len(r)
+            if kind == "gae":                                   # the double sum over later errors
+                delta = r + gamma * np.append(v[1:], 0) - v
+                decay = (gamma * lam) ** np.arange(n)
+                want += [delta[t:] @ decay[:n - t] for t in range(n)]
+            if kind == "grpo":
+                want += [(own - group.mean()) / (group.std(ddof=1) + 1e-6)] * n
+            if kind == "rloo":
+                want += [own - (group.sum() - own) / (samples - 1)] * n
+            if kind == "reinforce++":
+                want += [r[t:].sum() - group.mean() * (samples > 1) for t in range(n)]
+        want = np.array(want)
+        if kind == "gae":
+            same(batch["returns"] - batch["values"], want)
+        if kind in ("gae", "reinforce++"):
+            want = (want - want.mean()) / np.sqrt(want.var() + 1e-8)
+        same(batch["advantages"], want)
 
 
 @pytest.mark.parametrize("setting", [
@@ -2858,26 +2857,23 @@ def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
         if a < 0 and c.dual_clip:
             loss = min(loss, -c.dual_clip * a)
         loss = min(torch.exp(prox - mu), c.cap) * loss
-        inverse = torch.exp(reference - p)
+        d = p - reference
         if c.kl == "k2":
-            loss = loss + 0.2 * torch.log(inverse) ** 2 / 2
+            loss = loss + 0.2 * d ** 2 / 2
         if c.kl == "k3":
-            loss = loss + 0.2 * (inverse - 1 - torch.log(inverse))
+            loss = loss + 0.2 * (torch.exp(-d) - 1 + d)
         want.append(loss)
     want = torch.stack(want) - c.entropy_coef * noise(8)
-    assert torch.allclose(losses, want, atol=1e-12)
+    same(losses, want)
     ours, theirs = [torch.autograd.grad(x.sum(), pi)[0] for x in (losses, want)]
-    assert torch.allclose(ours, theirs, atol=1e-12)
+    same(ours, theirs)
 
 
-def test_losses_are_weighed_and_rewards_placed_as_the_settings_say():
+def test_losses_are_weighed_as_the_settings_say():
     lengths = torch.tensor([3, 1])
     assert ppo.loss_weights(lengths, "token-mean").tolist() == [1 / 4] * 4
     assert ppo.loss_weights(lengths, "seq-mean-token-mean").tolist() == [1 / 6] * 3 + [1 / 2]
-    assert ppo.token_rewards(torch.tensor([5.0, 7]), lengths).tolist() == [0, 0, 5, 7]
-    lengths = torch.tensor([1.0, 80, 90, 100])
-    assert ppo.overlong_penalty(lengths, 100, 20).tolist() == [0, 0, -0.5, -1]
-    assert ppo.overlong_penalty(lengths, 100, 0).eq(0).all()
+    assert ppo.overlong_penalty(torch.tensor([1, 100]), 100, 0).eq(0).all()
 
 
 # Runs: through `pp_local` calls happen at once, in this process; through actors in others.
@@ -2901,8 +2897,8 @@ class PpLocal:
 def task(tmp_path_factory):
     """A small random model whose distributions are far from uniform, twenty problems, and rewards."""
     folder = tmp_path_factory.mktemp("task")
-    for name, scale in [("model", 0.2), ("calm", 0.02)]:
-        P.tiny_model(folder / name, 1, vocab_size=264, hidden_size=64, num_hidden_layers=2, initializer_range=scale)
+    P.tiny_model(
+        folder / "model", 1, vocab_size=264, hidden_size=64, num_hidden_layers=2, initializer_range=0.2)
     rows = [{"problem": f"{i}+1=", "answer": str(i + 1), "weight": i} for i in range(20)]
     write_jsonl(folder / "problems.jsonl", rows)
     (folder / "beside.py").write_text("def half(x): return x / 2")
@@ -2913,8 +2909,9 @@ def own(response, row): return row["weight"] + half(row["gold"] == str(row["weig
 def throws(response, row): return 1 / (row["weight"] - 3)
 def nan(response, row): return float("nan")
 """)
-    sys.modules["pp_local"] = PpLocal()
-    return folder
+    cloudpickle.register_pickle_by_value(ppo)               # as that of a program: judges need no torch
+    with mock.patch.dict(sys.modules, pp_local=PpLocal()), mock.patch.object(sft, "curves"):
+        yield folder                                        # curves take longer than the runs
 
 
 def pp_run(task, out, reward="low", **changes):
@@ -2945,11 +2942,10 @@ def pp_outcome(out):
 
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
-def test_a_bandit_is_learned(task, tmp_path, advantage):
-    calm = str(task / "calm")
+def test_a_bandit_is_learned(task, sft_model, tmp_path, advantage):
     ppo.train(pp_run(
-        task, tmp_path, model=calm, advantage=advantage, batch=8, samples=8,
-        lr=3e-3, critic_lr=3e-3, temperature=1.0, steps=12))
+        task, tmp_path, model=str(sft_model), advantage=advantage, samples=8, steps=12,
+        lr=1e-2, critic_lr=1e-2, temperature=1.0))
     rewards = pp_column(tmp_path, "reward")
     assert rewards[0] < 0.35 and rewards[-1] > rewards[0] + 0.25, rewards
 
@@ -2978,8 +2974,6 @@ def test_every_layout_learns_the_same(task, tmp_path):
     layouts = [
         (1, {"micro_tokens": 1}),
         (4, {}),
-        (2, {"tp": 2}),
-        (2, {"pp": 2}),
         (8, {"tp": 2, "pp": 2})]
     for world, changes in layouts:
         for found in on_ranks(world, pp_steps, replace(c, **changes), rollouts):
@@ -3026,19 +3020,18 @@ def test_batches_lag_by_the_staleness_and_a_broken_run_goes_on_as_if_it_had_not_
     assert len(list(run.glob("checkpoints/*/step-*"))) == 2
 
 
-@pytest.mark.parametrize("killed", [False, True])
-def test_processes_make_what_one_makes_even_if_they_are_killed(task, tmp_path, monkeypatch, killed):
+def test_processes_make_what_one_makes_even_if_they_are_killed(task, tmp_path, monkeypatch):
+    settings = dict(generators=2, advantage="grpo", aggregate="seq-mean-token-mean")
+    ppo.train(pp_run(task, tmp_path / "one", **settings))
     collect = ppo.Rollouts.collect
 
     def deadly(self, batch):
-        if killed and batch == 1:
+        if batch == 1:
             for actor in (self.generators[0][0], self.judges[0]):
                 pid = actor.__ray_call__.remote(lambda self: os.getpid())
                 os.kill(self.ray.get(pid), signal.SIGKILL)
         return collect(self, batch)
 
-    settings = dict(generators=2, advantage="grpo", aggregate="seq-mean-token-mean")
-    ppo.train(pp_run(task, tmp_path / "one", **settings))
     monkeypatch.setattr(ppo.Rollouts, "collect", deadly)
     ppo.train(pp_run(task, tmp_path / "many", runtime="actors", graders=2, **settings))
     assert pp_outcome(tmp_path / "many") == pp_outcome(tmp_path / "one")
@@ -3069,27 +3062,9 @@ def test_guesses_and_long_prompts_are_left_out_and_sums_are_graded(task, tmp_pat
     small_ray.shutdown()
 
 
-@pytest.mark.parametrize("changes,words", [
-    (dict(model=""), "--model, --data"),
-    (dict(advantage="grpo", samples=1), "--samples 2"),
-    (dict(reward="nowhere.py:f"), "nowhere.py"),
-    (dict(reward="{task}/rewards.py:f"), "no function f"),
-    (dict(max_response=5000), "4096 tokens"),
-    (dict(batch=30), "--batch 20"),
-    (dict(max_prompt=5), "0 problems"),
-    (dict(data="nowhere.jsonl"), "nowhere"),
-    (dict(temperature=0.0), "above 0")])
-def test_settings_that_cannot_be_are_named_before_anything_is_written(task, tmp_path, changes, words):
-    c = replace(pp_run(task, tmp_path / "run"), **changes)
-    c.reward = c.reward.replace("{task}", str(task))
-    with pytest.raises((ValueError, FileNotFoundError), match=words):
-        ppo.train(c)
-    assert not (tmp_path / "run").exists()
-
-
 def pp_started(c, ranks=1):
     """The run as a program of its own."""
-    flags = [f"--{name}={value}" for name, value in vars(c).items() if value != ""]
+    flags = [f"--{name}={value}" for name, value in vars(c).items() if value is not None]
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     words = [sys.executable, *launch[:4 * (ranks > 1)], str(HERE / "ppo.py"), *flags]
     environment = os.environ | {"MARKER": c.out, "OMP_NUM_THREADS": "1"}
@@ -3137,7 +3112,7 @@ def test_on_a_gpu_the_engine_draws_from_what_the_trainer_computes_to_the_bit(tas
     P.tiny_model(model, hidden_size=256, head_dim=64)
     c = pp_run(
         task, tmp_path / "run", model=str(model), runtime="actors", graders=1,
-        batch=16, samples=8, max_response=200, device="")
+        batch=16, samples=8, max_response=200, device=None)
     ppo.train(c)
     assert pp_column(c.out, "mismatch_kl") == [0.0] * 3
 
