@@ -650,8 +650,8 @@ class Run:
 def check(c: Config) -> None:
     if not (c.model and c.data and c.out):
         raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
-    sft.at_least_one(
-        c, "batch", "samples", "max_response", "minibatches", "epochs", "steps", "save_every", "log_every", "eval_every")
+    sft.at_least_one(c, "batch", "samples", "max_response", "minibatches", "epochs", "steps", "save_every", "log_every",
+                     "eval_every")
     positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
     if c.max_prompt + c.max_response > positions:
         raise ValueError(f"--max_prompt + --max_response are more than the {positions} tokens that the model knows")

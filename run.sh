@@ -21,9 +21,9 @@ usage: bash run.sh [STAGE] [NAME=VALUE ...]
   MODEL=      a model directory or hub id                 (Qwen/Qwen3-0.6B-Base)
   SFT_DATA=   problems with solutions: a file, a hub id   (NotASI/NuminaMath-CoT-Small-Hard-200k)
   RL_DATA=    problems with answers                       (zwhe99/DeepMath-103K)
-  TEST_DATA=  those that are asked in the end             (math500)
+  TEST_DATA=  those that are asked in the end             (HuggingFaceH4/MATH-500)
   OUT=        where everything goes; another model or other data want another one     (runs/gpu or runs/cpu)
-  TP=1 PP=1   parts of each layer, and stages of the pipeline, of those who train; the rest of them is dp
+  TP=1 PP=1   parts of each layer, stages of the pipeline: TP x PP GPUS have a copy of what is trained; the rest is dp
   SFT_STEPS=, PPO_STEPS=, SFT_FLAGS=, PPO_FLAGS=, EVAL_FLAGS=     fewer steps; further flags: PPO_FLAGS="--advantage grpo"
 TEXT
 }
@@ -34,16 +34,13 @@ fail() {
 }
 
 stage() {       # stage NAME COMMAND...: run it, and name it if it fails
-    local name=$1
-    shift
-    echo "=== $name ==="
-    "$@" || { local code=$?; echo "run.sh: stage '$name' failed (exit $code)" >&2; exit "$code"; }
+    echo "=== $1 ==="
+    "${@:2}" || { local code=$?; echo "run.sh: stage '$1' failed (exit $code)" >&2; exit "$code"; }
 }
 
 setup() {       # setup [test]: what pyproject.toml asks for, unless all of it can be imported
     if [[ -z ${VIRTUAL_ENV:-${CONDA_PREFIX:-}} ]]; then
         if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
-            local python
             for python in python3 python3.13 python3.12 python3.11 python3.10 ''; do
                 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && break
             done
@@ -52,8 +49,8 @@ setup() {       # setup [test]: what pyproject.toml asks for, unless all of it c
         fi
         export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
     fi
-    local needed=(torch triton transformers math_verify numpy matplotlib cloudpickle)
-    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb datasets pandas ray)
+    local needed=(torch triton transformers datasets math_verify numpy matplotlib cloudpickle)
+    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb pandas ray)
     python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "${needed[@]}" && return
     echo "run.sh: installing"
     python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
@@ -68,14 +65,17 @@ settle() {      # devices and sizes, from what the machine has and what the call
     GPUS=${GPUS:-$([[ $DEVICE == cuda ]] && echo "$gpus" || echo 2)}
     [[ $DEVICE =~ ^(cuda|cpu)$ && $GPUS =~ ^[1-9][0-9]*$ && ($DEVICE == cpu || $GPUS -le $gpus) ]] ||
         fail "DEVICE is cuda or cpu, GPUS at least 1 and at most the $gpus there are; got $DEVICE, $GPUS"
-    trainers=$((GPUS > 1 ? GPUS / 2 : 1))                   # of ppo.py; the others generate, and one alone does both
-    layout=(--device "$DEVICE" --tp "${TP:-1}" --pp "${PP:-1}" --resume)
+    TP=${TP:-1} PP=${PP:-1}
+    [[ $TP$PP =~ ^[1-9]+$ && $((TP * PP)) -le $GPUS ]] || fail "TP=$TP x PP=$PP should be from 1 to the $GPUS of GPUS"
+    local copy=$((TP * PP))                                 # GPUs that a copy of the model takes
+    learners=$((GPUS / copy * copy))                        # ranks of sft.py; below of ppo.py, whose others generate
+    trainers=$((GPUS / 2 >= copy ? GPUS / 2 / copy * copy : copy))
+    layout=(--device "$DEVICE" --tp "$TP" --pp "$PP" --resume)
     sft_flags=() ppo_flags=() eval_flags=(--n 4)            # what is not said here has the files' own defaults
     OUT=${OUT:-runs/${DEVICE/cuda/gpu}} sums=
     mkdir -p "$OUT"
     if [[ $DEVICE == cuda ]]; then
-        CUDA_VISIBLE_DEVICES=$(cut -d, -f "1-$GPUS" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}")
-        export CUDA_VISIBLE_DEVICES
+        export CUDA_VISIBLE_DEVICES="$(cut -d, -f "1-$GPUS" <<<"${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}")"
     else
         export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=      # processes share the cores
         ppo_flags=(--generators $((GPUS > trainers ? GPUS - trainers : 1)))
@@ -90,7 +90,7 @@ settle() {      # devices and sizes, from what the machine has and what the call
         eval_flags+=(--temperature 1 --top_p 1 --max_tokens 40)
     fi
     MODEL=${MODEL:-Qwen/Qwen3-0.6B-Base} SFT_DATA=${SFT_DATA:-NotASI/NuminaMath-CoT-Small-Hard-200k}
-    RL_DATA=${RL_DATA:-zwhe99/DeepMath-103K} TEST_DATA=${TEST_DATA:-math500}
+    RL_DATA=${RL_DATA:-zwhe99/DeepMath-103K} TEST_DATA=${TEST_DATA:-HuggingFaceH4/MATH-500}
     sft_flags+=(${SFT_STEPS:+--steps "$SFT_STEPS"} ${SFT_FLAGS:-})
     ppo_flags+=(${PPO_STEPS:+--steps "$PPO_STEPS"} ${PPO_FLAGS:-})
     eval_flags+=(${EVAL_FLAGS:-})
@@ -102,8 +102,9 @@ launch() {      # launch PROCESSES FILE FLAGS...
 
 run_model() {
     [[ ! $sums || -f $MODEL/tokenizer.json ]] ||
-        python -c 'import parallel as p, sys; p.tiny_model(sys.argv[1], vocab_size=264, hidden_size=64, num_hidden_layers=2)' "$MODEL"
-    python -c 'import parallel, sys; print("the model is in", parallel.local_folder(sys.argv[1]))' "$MODEL" 2>"$OUT/error" ||
+        python -c 'import parallel as p, sys; p.tiny_model(sys.argv[1], vocab_size=264, hidden_size=64, num_hidden_layers=2)' \
+            "$MODEL" || return 1
+    [[ -d $MODEL ]] || python -c 'import parallel, sys; parallel.local_folder(sys.argv[1])' "$MODEL" 2>"$OUT/error" ||
         fail "where the hub can be reached: hf download $MODEL --local-dir base; then here: bash run.sh MODEL=base"
 }
 
@@ -111,11 +112,10 @@ run_data() {
     [[ ! $sums || -f $SFT_DATA ]] || python evaluate.py arithmetic --n 10000 --boxed 0.5 --out "$SFT_DATA" || return 1
     [[ ! $sums || -f $TEST_DATA ]] ||
         python evaluate.py arithmetic --n 200 --seed 1 --held_out --out "$TEST_DATA" || return 1
-    local name
-    local -A split=([SFT_DATA]=train [RL_DATA]=train [TEST_DATA]=test)
+    local name; local -A split=([SFT_DATA]=train [RL_DATA]=train [TEST_DATA]=test)
     for name in SFT_DATA RL_DATA TEST_DATA; do
-        python -c 'import evaluate, sys; next(evaluate.read_rows(sys.argv[1], sys.argv[2]))' "${!name}" ${split[$name]} \
-            2>"$OUT/error" ||
+        [[ -e ${!name} ]] ||
+            python -c 'import evaluate, sys; next(evaluate.read_rows(*sys.argv[1:]))' "${!name}" ${split[$name]} 2>"$OUT/error" ||
             fail "where the hub can be reached: hf download ${!name} --repo-type dataset --local-dir data;" \
                 "then here: bash run.sh $name=data (a folder, or a file of it: .jsonl, .arrow, .parquet)"
     done
@@ -126,7 +126,7 @@ there() { [[ -f $OUT/$1/model/model.safetensors ]]; }
 run_sft() {
     there sft && { echo "$OUT/sft/model is there"; return; }
     [[ -f $OUT/sft.arrow ]] || fail "there is no $OUT/sft.arrow: run the stage 'data' first"
-    launch "$GPUS" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" "${layout[@]}" "${sft_flags[@]}"
+    launch "$learners" sft.py --model "$MODEL" --data "$OUT/sft.arrow" --out "$OUT/sft" "${layout[@]}" "${sft_flags[@]}"
 }
 
 run_ppo() {
