@@ -2795,10 +2795,6 @@ def noise(seed, n=21):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / 2
 
 
-def by_row(x):
-    return [row.numpy() for row in x.split(LENGTHS.tolist())]
-
-
 def same(x, want):
     torch.testing.assert_close(x, torch.as_tensor(want), rtol=0, atol=1e-12)
 
@@ -2806,6 +2802,14 @@ def same(x, want):
 @pytest.mark.parametrize("kind, samples", [
     ("gae", 1), ("grpo", 2), ("rloo", 4), ("reinforce++", 1), ("reinforce++", 2)])
 def test_advantages_are_the_formulas_of_their_papers(kind, samples):
+    slots = np.arange(9)
+    present = slots < LENGTHS.numpy()[:, None]                  # [rows, slots]
+
+    def padded(x):
+        values = np.zeros(present.shape)
+        values[present] = x
+        return values
+
     batch = {"lengths": LENGTHS, "score": noise(4, 4)}
     batch |= {name: noise(i) for i, name in enumerate(["prox", "reference", "values"])}
     for gamma, lam, kl in itertools.product([1, 0.9, 0], [1, 0.7, 0], ["none", "k1"]):
@@ -2813,25 +2817,26 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
             advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
             max_response=9, overlong_buffer=4))
         cost = 0.3 * (kl == "k1")
-        rewards = by_row(-cost * (batch["prox"] - batch["reference"]))
-        for row, score in zip(rewards, batch["score"]):
-            row[-1] += score - np.clip((len(row) - 5) / 4, 0, 1)
-        sums = np.array([row.sum() for row in rewards])
+        rewards = padded(-cost * (batch["prox"] - batch["reference"]))
+        late = np.clip((LENGTHS - 5) / 4, 0, 1)
+        rewards[range(4), LENGTHS - 1] += batch["score"].numpy() - late.numpy()
+        sums = rewards.sum(1)
         groups = sums.reshape(-1, samples).repeat(samples, axis=0)
-        want = []
-        for r, v, own, group in zip(rewards, by_row(batch["values"]), sums, groups):
-            n = len(r)
-            if kind == "gae":                                   # the double sum over later errors
-                delta = r + gamma * np.append(v[1:], 0) - v
-                decay = (gamma * lam) ** np.arange(n)
-                want += [delta[t:] @ decay[:n - t] for t in range(n)]
-            if kind == "grpo":
-                want += [(own - group.mean()) / (group.std(ddof=1) + 1e-6)] * n
-            if kind == "rloo":
-                want += [own - (group.sum() - own) / (samples - 1)] * n
-            if kind == "reinforce++":
-                want += [r[t:].sum() - group.mean() * (samples > 1) for t in range(n)]
-        want = np.array(want)
+        mean = groups.mean(1)
+        if kind == "gae":                                       # the double sum over later errors
+            values = padded(batch["values"])
+            errors = rewards + gamma * np.pad(values[:, 1:], [(0, 0), (0, 1)]) - values
+            later = slots[:, None] - slots
+            want = errors @ np.tril((gamma * lam) ** later.clip(0))
+        if kind == "grpo":
+            want = (sums - mean) / (groups.std(1, ddof=1) + 1e-6)
+        if kind == "rloo":
+            want = sums - (groups.sum(1) - sums) / (samples - 1)
+        if kind == "reinforce++":
+            want = rewards @ np.tril(np.ones((9, 9))) - (mean * (samples > 1))[:, None]
+        if kind in ("grpo", "rloo"):
+            want = want[:, None].repeat(9, axis=1)
+        want = want[present]
         if kind == "gae":
             same(batch["returns"] - batch["values"], want)
         if kind in ("gae", "reinforce++"):
@@ -2848,25 +2853,21 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
 def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
     c = ppo.Config(**{"clip_high": 0.2, "kl_coef": 0.2} | setting)
     part = {name: noise(i) for i, name in enumerate(["prox", "mu", "reference", "advantages"])}
+    prox, mu, reference, advantages = part.values()
     pi = noise(7).requires_grad_()
     losses, _ = ppo.policy_loss(pi, noise(8), part, c)
-    want = []
-    for p, prox, mu, reference, a in zip(pi, *part.values()):
-        ratio = torch.exp(p - prox)
-        loss = -min(ratio * a, ratio.clamp(1 - c.clip_low, 1 + c.clip_high) * a)
-        if a < 0 and c.dual_clip:
-            loss = min(loss, -c.dual_clip * a)
-        loss = min(torch.exp(prox - mu), c.cap) * loss
-        d = p - reference
-        if c.kl == "k2":
-            loss = loss + 0.2 * d ** 2 / 2
-        if c.kl == "k3":
-            loss = loss + 0.2 * (torch.exp(-d) - 1 + d)
-        want.append(loss)
-    want = torch.stack(want) - c.entropy_coef * noise(8)
+    ratio = torch.exp(pi - prox)
+    clipped = ratio.clamp(1 - c.clip_low, 1 + c.clip_high)
+    want = torch.maximum(-ratio * advantages, -clipped * advantages)
+    if c.dual_clip:
+        bounded = torch.minimum(want, -c.dual_clip * advantages)
+        want = torch.where(advantages < 0, bounded, want)
+    d = pi - reference
+    kl = {"none": 0, "k2": d ** 2 / 2, "k3": torch.exp(-d) - 1 + d}[c.kl]
+    weight = torch.exp(prox - mu).clamp(max=c.cap)
+    want = weight * want + c.kl_coef * kl - c.entropy_coef * noise(8)
     same(losses, want)
-    ours, theirs = [torch.autograd.grad(x.sum(), pi)[0] for x in (losses, want)]
-    same(ours, theirs)
+    same(*[torch.autograd.grad(x.sum(), pi)[0] for x in (losses, want)])
 
 
 def test_losses_are_weighed_as_the_settings_say():
@@ -2925,15 +2926,12 @@ def pp_run(task, out, reward="low", **changes):
 
 
 def pp_lines(out):
-    lines = []
-    for line in (Path(out) / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
-        lines.append({name: x for name, x in values.items() if "seconds" not in name})
-    return lines
+    table = al.Table.from_jsonl(f"{out}/metrics.jsonl")
+    return table.drop([name for name in table.column_names if "seconds" in name]).to_pylist()
 
 
 def pp_column(out, name):
-    return [line[name] for line in pp_lines(out) if name in line]
+    return [line[name] for line in pp_lines(out) if line[name] is not None]
 
 
 def pp_outcome(out):
@@ -2950,34 +2948,21 @@ def test_a_bandit_is_learned(task, sft_model, tmp_path, advantage):
     assert rewards[0] < 0.35 and rewards[-1] > rewards[0] + 0.25, rewards
 
 
-def pp_steps(c, rollouts):
-    """What is logged of the third update over the same rollouts in fp64: it depends on the two before."""
-    mesh = P.init(pp=c.pp, tp=c.tp, device="cpu")
-    made = []
-    for name in ("policy", "critic", "reference"):
-        model = P.Qwen3.from_pretrained(c.model, mesh, dtype=torch.float64, value_head=name == "critic")
-        made.append(ppo.Learner(name, model, P.AdamW(model, 1e-3, clip=1.0), 1e-3))
-    policy, critic, reference = made
-    r = mock.Mock(c=c, policy=policy, critic=critic, reference=reference.model, exact=None)
-    for step in range(3):
-        log = ppo.learn(r, ppo.lay_out(al.read(rollouts)), step)
-    return {name: x for name, x in log.items() if "seconds" not in name}
-
-
-def test_every_layout_learns_the_same(task, tmp_path):
-    """Rows alone or packed; over dp, some ranks of which have no row; over tp and pp."""
-    ppo.train(pp_run(task, tmp_path / "run", steps=1))
-    rollouts = tmp_path / "run" / "rollouts" / "000000.arrow"
-    c = pp_run(task, "", kl="k3", entropy_coef=0.01, critic_warmup=0, minibatches=3)
-    want = pp_steps(c, rollouts)
-    assert want["policy_norm"] > 0 and want["critic_norm"] > 0
-    layouts = [
-        (1, {"micro_tokens": 1}),
-        (4, {}),
-        (8, {"tp": 2, "pp": 2})]
-    for world, changes in layouts:
-        for found in on_ranks(world, pp_steps, replace(c, **changes), rollouts):
-            assert found == pytest.approx(want, abs=1e-9), changes
+@pytest.mark.parametrize("world, changes", [
+    (1, dict(micro_tokens=1)),                              # rows alone
+    (4, {}),                                                # some ranks have no row
+    (8, dict(tp=2, pp=2)),
+    pytest.param(1, dict(runtime="ray"), marks=pytest.mark.slow),
+    pytest.param(4, dict(runtime="actors", tp=2, pp=2, generator_tp=2), marks=pytest.mark.slow)], ids=str)
+def test_any_layout_and_runtime_makes_what_one_process_makes(task, tmp_path, world, changes):
+    one = pp_run(
+        task, tmp_path / "one", kl="k3", entropy_coef=0.01, critic_warmup=0, minibatches=3, graders=1,
+        dtype="float64")
+    ppo.train(one)
+    c = replace(one, out=str(tmp_path / "other"), **changes)
+    on_ranks(world, ppo.train, c)
+    for ours, theirs in zip(pp_lines(one.out), pp_lines(c.out), strict=True):
+        assert ours["policy_norm"] > 0 and ours == pytest.approx(theirs, abs=1e-9)
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -3062,48 +3047,26 @@ def test_guesses_and_long_prompts_are_left_out_and_sums_are_graded(task, tmp_pat
     small_ray.shutdown()
 
 
-def pp_started(c, ranks=1):
-    """The run as a program of its own."""
-    flags = [f"--{name}={value}" for name, value in vars(c).items() if value is not None]
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    words = [sys.executable, *launch[:4 * (ranks > 1)], str(HERE / "ppo.py"), *flags]
-    environment = os.environ | {"MARKER": c.out, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment)
-
-
-def pp_family(out):
-    """All processes that were started by the run, or by those that it started."""
-    environments = map(str, Path("/proc").glob("[0-9]*/environ"))
-    words = ["grep", "-lsz", f"MARKER={out}$", *environments]
-    return subprocess.run(words, capture_output=True).stdout
-
-
 @pytest.mark.slow
-def test_nobody_outlives_a_killed_driver_and_resume_goes_on_to_the_bit(task, tmp_path):
+def test_nobody_outlives_a_killed_driver_and_resume_goes_on_to_the_bit(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+
+    def family():
+        command = f"grep -lsz OUT={tmp_path}$ /proc/[0-9]*/environ"
+        return subprocess.run(command, shell=True, capture_output=True, env={}).stdout
+
     settings = dict(runtime="actors", save_every=1, steps=4, generators=2, graders=1, staleness=1)
     ppo.train(pp_run(task, tmp_path / "calm", **settings))
-    c = pp_run(task, tmp_path / "run", **settings)
-    policy = tmp_path / "run" / "checkpoints" / "policy"
+    c = pp_run(task, tmp_path / "run", resume=True, **settings)
     for step in (1, 3):
-        run = pp_started(replace(c, resume=step > 1))
-        until((policy / f"step-00000{step}").exists, 120)
-        run.kill()
-        until(lambda: not pp_family(c.out))
-    assert pp_started(replace(c, resume=True)).wait(200) == 0
+        child = multiprocessing.get_context("fork").Process(target=ppo.train, args=(c,))
+        child.start()
+        until((tmp_path / f"run/checkpoints/policy/step-00000{step}").exists, 120)
+        assert family()
+        child.kill()
+        until(lambda: not family())
+    ppo.train(c)
     assert pp_outcome(c.out) == pp_outcome(tmp_path / "calm")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("runtime,layout", [("ray", {}), ("actors", dict(tp=2, pp=2, generator_tp=2))])
-def test_trainers_and_generators_of_any_layout_make_what_one_process_makes(task, tmp_path, runtime, layout):
-    if runtime == "ray":
-        pytest.importorskip("ray")
-    one = pp_run(task, tmp_path / "one", dtype="float64", generators=2, graders=1)
-    ppo.train(one)
-    c = replace(one, out=str(tmp_path / "all"), runtime=runtime, **layout)
-    assert pp_started(c, 4 if layout else 1).wait(300) == 0
-    for ours, theirs in zip(pp_lines(one.out), pp_lines(c.out), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 @gpu
