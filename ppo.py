@@ -20,8 +20,6 @@ token_rewards, overlong_penalty, policy_loss, value_loss, loss_weights); lay_out
     torchrun --standalone --nproc-per-node 4 ppo.py --model ...         8 GPUs: 4 train by dp, the others generate
     python ppo.py --reward mine.py:score --graders 0 ...                a breakpoint() in the reward works
 """
-from __future__ import annotations
-
 import importlib
 import math
 import os
@@ -233,13 +231,6 @@ def micro_batches(batch: dict, rows, mesh, capacity: int) -> list[dict]:
             found.append(parallel.micro_batch(tokens, learned) | fixed | {"places": places})
     return found
 
-def total(x: Tensor, mesh) -> Tensor:
-    """The sum over the ranks that have a part of it: of those that share a layer, the first."""
-    x = x.to(mesh.device) * (mesh.tp_rank == 0)
-    if mesh.size > 1:
-        dist.all_reduce(x)
-    return x.cpu()
-
 def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
     """Logprobs, or of a critic values, of all actions on every rank. Each is known to one rank: the sum is exact."""
     def read(model, hidden, micro):
@@ -253,7 +244,7 @@ def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
     found = torch.zeros_like(batch["mu"])
     for micro, numbers in zip(micros, results):
         found[micro["places"]] = numbers.double().cpu()
-    return total(found, model.mesh)
+    return sft.total(found.to(model.mesh.device), model.mesh).cpu()
 
 # --- learning: three models read the batch, two of them learn from it ------------------------------------------------
 @dataclass
@@ -262,7 +253,9 @@ class Learner:
     model: Qwen3
     optimizer: AdamW
     lr: float
-NUMBERS = {"policy": ("policy_loss", "clip_share", "entropy", "step_kl"), "critic": ("value_loss",)}
+NUMBERS = {
+    "policy": ("policy_loss", "clip_share", "entropy", "step_kl"),
+    "critic": ("value_loss",)}
 
 def loss_of(model: Qwen3, hidden: Tensor, micro: dict, c: Config):
     """The part of a micro-batch in the loss; and NUMBERS of each action."""
@@ -292,12 +285,12 @@ def update(learner: Learner, batch: dict, rows, rise: float, c: Config) -> dict:
     for found in parallel.run(learner.model, micros, loss):
         sums += found
     norm = learner.optimizer.step(learner.lr * rise)
-    means = total(sums, mesh) / len(places)
+    means = sft.total(sums, mesh) / len(places)
     log = dict(zip(names, means.tolist()))
     log[learner.name + "_norm"] = float(norm)
     return log
 
-def prox_of(r: Run, batch: dict, step: int) -> Tensor:
+def prox_of(r: "Run", batch: dict, step: int) -> Tensor:
     """The policy's logprobs before the update. Where the engine was seen to compute the same they are mu."""
     current = bool((batch["versions"] == step).all())
     if current and r.exact:
@@ -307,7 +300,7 @@ def prox_of(r: Run, batch: dict, step: int) -> Tensor:
         r.exact = torch.equal(prox, batch["mu"])
     return prox
 
-def estimate(batch: dict, c: Config) -> None:
+def estimate(batch: dict, c: Config):
     """From scores to advantages and returns [actions]."""
     lengths = batch["lengths"]
     scores = batch["score"] + overlong_penalty(lengths, c.max_response, c.overlong_buffer)
@@ -331,11 +324,11 @@ def estimate(batch: dict, c: Config) -> None:
         advantages = group_advantages(c.advantage, sums, c.samples)                 # [rows]
         batch["advantages"] = advantages.repeat_interleave(lengths)
 
-def minibatches(rows: int, c: Config, step: int, epoch: int) -> list[np.ndarray]:
+def minibatches(rows: int, c: Config, step: int, epoch: int) -> list:
     order = np.random.default_rng([c.seed, step, epoch]).permutation(rows)
     return np.array_split(order, min(c.minibatches, rows))
 
-def learn(r: Run, batch: dict, step: int) -> dict:
+def learn(r: "Run", batch: dict, step: int) -> dict:
     """What is done with a batch: this is the algorithm."""
     c = r.c
     began = time.perf_counter()
@@ -362,7 +355,8 @@ def describe(batch: dict, log: list[dict], step: int) -> dict:
     gap = batch["prox"] - batch["mu"]                                               # log prox / mu [actions]
     ratio = gap.exp()
     found = {
-        "reward": batch["score"], "reward_std": batch["score"].std(correction=0),
+        "reward": batch["score"],
+        "reward_std": batch["score"].std(correction=0),
         "length": batch["lengths"],
         "cut_share": batch["cut"],
         "lag": step - batch["versions"],
@@ -495,7 +489,7 @@ class Rollouts:
             self.asked = batch + 1
         return self.collect(step)
 
-    def ask(self, problems: list, samples: int, temperature: float, weights) -> list[tuple]:
+    def ask(self, problems: list, samples: int, temperature: float, weights) -> list:
         """Refs of what will be generated and judged. Nobody waits here: data flows from actor to actor."""
         params = {"n": samples, "temperature": temperature, "max_tokens": self.c.max_response}
         asked = []
@@ -514,7 +508,7 @@ class Rollouts:
                 asked.append((generated, judged))
         return asked
 
-    def answers(self, asked: list[tuple]) -> list[dict]:
+    def answers(self, asked: list) -> list:
         """Waits for what was asked: a row a response, in the order of the problems."""
         rows = []
         for generated, judged in asked:
@@ -619,7 +613,7 @@ class Run:
             dist.broadcast_object_list(found)
         return found[0]
 
-    def save(self) -> None:
+    def save(self):
         """Weights, optimizers, the number of the step; what is being generated is waited for, and becomes files."""
         folder = Path(self.c.out, "checkpoints")
         ahead = self.rollouts.finish(self.done) if self.rollouts else 0
@@ -640,18 +634,17 @@ class Run:
             parallel.load(folder / "critic" / newest.name, self.critic.model, self.critic.optimizer)
         return parallel.load(newest, self.policy.model, self.policy.optimizer)
 
-    def close(self) -> None:
+    def close(self):
         if self.rollouts:
             self.rollouts.ray.shutdown()
             if self.done == 0 and not self.c.resume:        # nothing was learned: the folder is free again
                 Path(self.c.out, "config.json").unlink(missing_ok=True)
 
 # --- settings that cannot be, prompts, the demo ----------------------------------------------------------------------
-def check(c: Config) -> None:
+def check(c: Config):
     if not (c.model and c.data and c.out):
         raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
-    sft.at_least_one(c, "batch", "samples", "max_response", "minibatches", "epochs", "steps", "save_every", "log_every",
-                     "eval_every")
+    sft.at_least_one(c, "batch", "max_response", "minibatches", "steps", "save_every", "log_every", "eval_every")
     positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
     if c.max_prompt + c.max_response > positions:
         raise ValueError(f"--max_prompt + --max_response are more than the {positions} tokens that the model knows")
@@ -685,13 +678,14 @@ def usable(c: Config, data: str, split: str) -> list[dict]:
         guessed = gold.lower().strip(".") in ("yes", "no", "true", "false")
         if len(ids) <= c.max_prompt and not (guessed and c.reward == "math"):
             ids = np.array(ids, np.int32)
-            kept.append(problem | {"gold": gold, "prompt": text, "prompt_ids": ids, "row": row, "seed": row})
+            own = {"gold": gold, "prompt": text, "prompt_ids": ids, "row": row, "seed": row}
+            kept.append(problem | own)
     if len(kept) < len(problems):
         print(f"{len(problems) - len(kept):,} of {len(problems):,} problems of {data} are left out: a prompt of more "
               f"than --max_prompt {c.max_prompt} tokens, or an answer that is soon guessed")
     return kept
 
-def demo() -> None:
+def demo():
     """Two teachers show a tiny model how to add, of whom only one boxes his sums; then it finds out which is right."""
     torch.set_num_threads(1)                            # a tiny model gains nothing from more
     with tempfile.TemporaryDirectory() as folder:
@@ -710,7 +704,7 @@ def demo() -> None:
     print("score on new problems, by steps before it:", scores)
     assert scores[24] > scores[0] + 0.2, "PPO should have raised the score by 20 points"
 
-def main() -> None:
+def main():
     if len(sys.argv) == 1 and "RANK" not in os.environ:
         return demo()
     with mistakes():

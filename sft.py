@@ -24,8 +24,7 @@ Public names: prepare, Chat; rows_of_step, Examples; sft_loss, dpo_loss; train. 
     python sft.py --model M --data F.arrow --out DIR                           one GPU
     torchrun --nproc-per-node 8 sft.py --model M --data F.arrow --out DIR      eight
 """
-import itertools, json, math, os, random, re, shutil, sys
-import tempfile, time
+import itertools, json, math, os, random, re, shutil, sys, tempfile, time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,7 +76,6 @@ class Config:
     beta2: float = 0.95                     # AdamW's: how long it remembers their squares
     weight_decay: float = 1e-3              # of matrices; norms are not decayed
     clip: float = 1.0                       # the largest gradient norm that a step is made with
-    explode: float = 1e4                    # a gradient norm above this ends the run
     seed: int = 0                           # of the order of the rows
     # where
     dp: int | None = None                   # copies of the model; by default as many as there are GPUs for
@@ -210,8 +208,10 @@ def prepare(data, model, out, held_out=1 / 180, max_tokens=8192, split="train"):
     """Write the Arrow file that `train` takes: input_ids list<int32>, loss_mask list<uint8>, held_out bool; of pairs,
     chosen_input_ids, rejected_input_ids and so on. `model` is a tokenizer or where to find one. Rows that cannot be
     used are counted by their reason; a data set of which half are so is refused."""
-    if Path(out).exists():
+    out = Path(out)
+    if out.exists():
         raise FileExistsError(f"{out} is there already; choose another --out, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
     if not hasattr(model, "chat_template"):
         model = AutoTokenizer.from_pretrained(parallel.local_folder(model))
     chat = Chat(model)
@@ -251,7 +251,7 @@ def prepare(data, model, out, held_out=1 / 180, max_tokens=8192, split="train"):
 def rows_of_step(step, rows, batch, seed):
     """Which of the `rows` rows step `step` (from 0 on) learns from. Each epoch has an order of its own, and leaves out
     the few rows at its end that do not fill a step."""
-    epoch, at = divmod(step, max(1, rows // batch))
+    epoch, at = divmod(step, rows // batch)
     order = np.random.default_rng([seed, epoch]).permutation(rows)
     return order[at * batch : (at + 1) * batch]
 
@@ -293,10 +293,9 @@ def logprobs(model, hidden, batch):
     return model.logprobs(hidden.index_select(0, batch["predict"]), batch["targets"])[0]
 
 def sft_loss(model, hidden, batch):
-    """The mean over all learned tokens of the step of -log p(token). Every token counts the same, however the step is
-    cut into micro-batches."""
+    """The mean of -log p(token) over all learned tokens of the step, however it is cut into micro-batches."""
     loss = -logprobs(model, hidden, batch).sum() / batch["count"]
-    return loss, {"loss": loss.detach()}
+    return loss, {"loss": loss}
 
 def answer_logprobs(model, hidden, batch):
     """Sums over each answer, [pairs, 2], always in one order; unsafe: without a check that waits for the GPU."""
@@ -311,7 +310,7 @@ def dpo_loss(model, hidden, batch, beta=0.1):
     losses = -torch.nn.functional.logsigmoid(margin)
     each = {"loss": losses, "accuracy": margin > 0, "margin": margin, "reward": rewards[:, 0]}
     means = {name: x.double().sum() / batch["pairs"] for name, x in each.items()}
-    return means["loss"], {name: x.detach() for name, x in means.items()}
+    return means["loss"], means
 
 # --- what any run needs: its directory, its schedule, its numbers ----------------------------------------------------
 
@@ -344,9 +343,7 @@ def cosine(step, steps, warmup, lr, min_lr):
 
 class Log:
     """What a run says of itself, by rank 0 alone: a bar, a line a step, metrics.jsonl, curves.png, and wandb if asked.
-
-    Steps are counted from 1. A run that goes on after step `start` forgets what was said of later ones: a run that was
-    killed had not saved them, and does them again."""
+    A run that goes on after step `start` (they are counted from 1) forgets what was said of later ones."""
 
     def __init__(self, config, steps, start=0):
         self.config = config
@@ -400,7 +397,7 @@ def check(config, examples, shape):
     at_least_one(config, "epochs", "batch", "log_every", "eval_every", "save_every")
     if not 0 <= config.min_lr <= config.lr or not 0 <= config.warmup <= 1:
         raise ValueError("--min_lr should be from 0 to --lr, and --warmup from 0 to 1")
-    if not len(examples.learned):
+    if not examples.learned.size:
         raise ValueError(f"{config.data} has no rows to learn from; prepare it with a smaller --held_out")
     if max(part.max() for row in examples.rows for part in row) >= shape.vocab_size:
         raise ValueError(f"{config.data} has tokens that {config.model} has not; prepare it with that --model")
@@ -418,7 +415,7 @@ def means(config, model, batches, backward=True):
     names = NAMES[config.loss]
     sums = torch.zeros(len(names), dtype=torch.float64, device=model.mesh.device)
     for found in parallel.run(model, batches, loss, backward=backward):         # none but on the last stage
-        sums += torch.stack(list(found.values()))
+        sums += torch.stack(list(found.values())).detach()
     return dict(zip(names, total(sums, model.mesh)))
 
 def reference(config, model, examples):
@@ -481,7 +478,7 @@ def learn(config, model, optimizer, examples, done):
         norm = optimizer.step(lr)
         ahead = prepared(step)              # the next step's, while the GPU is at work
         values = {name: x.item() for name, x in told.items()} | {"grad_norm": norm.item(), "lr": lr}
-        if not math.isfinite(values["loss"]) or not norm < config.explode:
+        if not math.isfinite(values["loss"] + values["grad_norm"]):
             raise FloatingPointError(f"step {step}: the loss is {values['loss']:.4g} and the gradient's norm "
                                      f"{norm:.4g}; the last checkpoint is {parallel.latest(config.out)}")
         seconds = time.perf_counter() - begin
@@ -489,7 +486,7 @@ def learn(config, model, optimizer, examples, done):
         if mesh.device.type == "cuda":      # a share of what an H100 or H200 can do in bf16, by its data sheet
             values["mfu"] = parallel.training_flops(model.config, lengths) / seconds / 989e12 / mesh.size
             values["memory_gb"] = torch.cuda.max_memory_allocated() / 2**30
-        if len(examples.held_out) and (step % config.eval_every == 0 or step == steps):
+        if examples.held_out.size and (step % config.eval_every == 0 or step == steps):
             batches = examples.micro_batches(examples.held_out, config.max_tokens, mesh)
             told = means(config, model, batches, backward=False)
             values |= {f"val_{name}": x.item() for name, x in told.items()}
@@ -510,7 +507,7 @@ def demo():
         os.chdir(folder)
         al.write(al.Table.from_pylist(arithmetic(3000)), "sums")
         parallel.tiny_model("tiny", hidden_size=64, num_hidden_layers=2)
-        print(prepare("sums", "tiny", "sft.arrow", held_out=0.05))
+        prepare("sums", "tiny", "sft.arrow", held_out=0.05)
         train(Config("tiny", epochs=2, batch=16, lr=3e-3, min_lr=3e-4, log_every=30))
         _, summary = evaluate("sft/model", arithmetic(200, seed=1, held_out=True), max_tokens=64)
     score, error = summary["pass@1"]
