@@ -60,9 +60,9 @@ class Config:
     # the task
     reward: str = "math"  # or FILE.py:function(response, row); row: problem, gold, answer, prompt, ..., your columns
     batch: int = 128                # prompts a step
-    samples: int = 8                # responses a prompt
-    max_prompt: int = 1024          # tokens; longer prompts are left out
-    max_response: int = 3072        # tokens
+    samples: int = 8                # responses to a prompt
+    max_prompt: int = 1024          # tokens; problems with a longer prompt are left out
+    max_response: int = 3072        # tokens; a response is cut there
     temperature: float = 1.0        # divides logits, in the engine and in the loss alike
     overlong_buffer: int = 0        # tokens before max_response over which the reward falls by up to 1 (DAPO)
     # the algorithm
@@ -101,7 +101,7 @@ class Config:
     device: Literal["cuda", "cpu"] | None = None                            # otherwise a GPU if there is one
     dtype: Literal["bfloat16", "float32", "float64"] | None = None          # otherwise what suits the device
     save_every: int = 50            # steps from one checkpoint to the next
-    keep: int = 2                   # checkpoints
+    keep: int = 2                   # checkpoints that are kept; 0: all
     log_every: int = 10             # steps from one line on the screen to the next; metrics.jsonl has them all
     eval_every: int = 10            # steps from one score to the next
     eval_temperature: float = 0.0   # 0: greedy
@@ -232,7 +232,8 @@ def micro_batches(batch: dict, rows, mesh, capacity: int) -> list[dict]:
     return found
 
 def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
-    """Logprobs, or of a critic values, of all actions on every rank. Each is known to one rank: the sum is exact."""
+    """Logprobs, or of a critic values, of all actions, on every rank. Each was found by one dp rank, so that the sum
+    over all ranks is exact."""
     def read(model, hidden, micro):
         hidden = hidden[micro["predict"]]
         if model.value_head:
