@@ -49,8 +49,8 @@ setup() {       # setup [test]: what pyproject.toml asks for, unless all of it c
         fi
         export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
     fi
-    local needed=(torch triton transformers datasets math_verify numpy matplotlib cloudpickle)
-    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb pandas ray)
+    local needed=(torch triton transformers math_verify numpy matplotlib cloudpickle)
+    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb datasets pandas ray)
     python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "${needed[@]}" && return
     echo "run.sh: installing"
     python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
@@ -105,7 +105,7 @@ run_model() {
         python -c 'import parallel as p, sys; p.tiny_model(sys.argv[1], vocab_size=264, hidden_size=64, num_hidden_layers=2)' \
             "$MODEL" || return 1
     [[ -d $MODEL ]] || python -c 'import parallel, sys; parallel.local_folder(sys.argv[1])' "$MODEL" 2>"$OUT/error" ||
-        fail "where the hub can be reached: hf download $MODEL --local-dir base; then here: bash run.sh MODEL=base"
+        fail "$(tail -n 1 "$OUT/error"); where the hub can be reached: hf download $MODEL --local-dir base; then here: bash run.sh MODEL=base"
 }
 
 run_data() {
@@ -116,7 +116,7 @@ run_data() {
     for name in SFT_DATA RL_DATA TEST_DATA; do
         [[ -e ${!name} ]] ||
             python -c 'import evaluate, sys; next(evaluate.read_rows(*sys.argv[1:]))' "${!name}" ${split[$name]} 2>"$OUT/error" ||
-            fail "where the hub can be reached: hf download ${!name} --repo-type dataset --local-dir data;" \
+            fail "$(tail -n 1 "$OUT/error"); where the hub can be reached: hf download ${!name} --repo-type dataset --local-dir data;" \
                 "then here: bash run.sh $name=data (a folder, or a file of it: .jsonl, .arrow, .parquet)"
     done
     [[ -f $OUT/sft.arrow ]] || python sft.py prepare --data "$SFT_DATA" --model "$MODEL" --out "$OUT/sft.arrow"
