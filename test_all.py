@@ -2466,8 +2466,8 @@ def sft_run(model, data, out, **changes):
         dtype="float64", device="cpu")
     sft.train(sft.Config(str(model), data, str(out), **settings | changes))
     metrics = al.Table.from_jsonl(out / "metrics.jsonl")
-    names = {"step", "loss", "grad_norm", "lr", "tokens", "val_loss"}
-    weights = load_file(out / "model" / "model.safetensors")
+    names = {"loss", "grad_norm", "lr", "tokens", "val_loss"}
+    weights = load_file(out / "model/model.safetensors")
     return {name: metrics[name].to_numpy() for name in names} | weights
 
 
@@ -2498,20 +2498,20 @@ def test_a_killed_run_goes_on_to_the_bit(sft_model, tmp_path):
     out = tmp_path / "killed"
     want = sft_run(sft_model, data, tmp_path / "full")
     fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=sft_run, args=(sft_model, data, out), daemon=True)
+    child = fork.Process(target=sft_run, args=(sft_model, data, out))
     child.start()
     until((out / "step-000003").exists, 60)
     child.kill()
     child.join()
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')         # in the middle of a line
-    for _ in range(2):
+    for gone in ([], range(5, 9), []):      # then from the end of an epoch on; and when there is nothing left to do
+        for step in gone:
+            shutil.rmtree(out / f"step-{step:06d}")
         got = sft_run(sft_model, data, out, resume=True)
         np.testing.assert_equal(got, want)
-        for late in range(5, 9):                                # once more, from the end of an epoch on
-            shutil.rmtree(out / f"step-{late:06d}")
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
-    ends = json.loads((out / "model" / "generation_config.json").read_text())
+    ends = json.loads((out / "model/generation_config.json").read_text())
     assert ends["eos_token_id"] == 258
 
 
@@ -2533,7 +2533,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
 
 @pytest.mark.slow
 def test_sft_demo_learns_in_three_minutes():
-    subprocess.run([sys.executable, HERE / "sft.py"], check=True, timeout=600)
+    subprocess.run([sys.executable, HERE / "sft.py"], check=True)
 
 
 # --- evaluate.py -----------------------------------------------------------------------------------------------------
