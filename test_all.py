@@ -2634,41 +2634,67 @@ EV_GRADES = r"""
 """
 
 
+EV_ENDS = {256, 258}                    # of a text, of a turn
+
+
 def ev_boxed(answer):
     return answer if "boxed" in answer else f"Therefore it is \\boxed{{{answer}}}."
 
 
 @pytest.fixture
-def ev_actors():
+def ev_graders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     small_ray.shutdown()
-    yield
+    yield ev.Graders(2, deadline=60)
     small_ray.shutdown()
 
 
-def test_grades_are_those_of_a_person(ev_actors):
+@pytest.fixture
+def ev_main(ev_graders, one_thread, monkeypatch, capsys):
+    """The command line: its exit code, and what it prints."""
+    def main(words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
+        code = 0
+        try:
+            ev.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return main
+
+
+def test_grades_are_those_of_a_person_and_easy_ones_200_a_second(ev_graders):
     rows = [re.split("  +", line) for line in EV_GRADES.strip().splitlines()]
-    rows += [("0", "\\boxed{" * 50_000, "5"), ("0", "5+" * 50_000 + "5", "5"), ("0", "9" * 500, "9" * 499)]
-    grades = ev.Graders(2, deadline=60).grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
+    for long in ("\\boxed{" * 50_000, "5+" * 50_000 + "5", "9" * 500):
+        rows.append(["0", long, "9" * 499])
+    grades = ev_graders.grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
     for (score, answer, gold), grade in zip(rows, grades):
-        assert grade.score == float(score) and grade.verdict != "timeout", (answer[:60], gold, grade)
-    assert ev.boxes("\\boxed{1} or \\boxed{\\boxed{a{b}}} \\boxed{") == ["1", "a{b}"]
+        assert grade.score == float(score), (answer[:60], gold, grade)
+        assert grade.verdict in ("right", "wrong", "unparsed")
+    easy = [("\\boxed{5}", i) for i in range(900)] + [("\\boxed{y+x}", "x+y")] * 100
+    start = time.perf_counter()
+    assert sum(grade.score for grade in ev_graders.grade(easy)) == 101
+    assert time.perf_counter() - start < 5
     assert ev.grade("\\boxed{2x}", "x+x") == 1
     small_ray.shutdown()
-    assert ev.grade("\\boxed{2x}", "x+x") == 1          # it outlives a restart of the actors
+    assert ev.grade("\\boxed{2x}", "x+x") == 1          # in a new process
 
 
 @pytest.mark.skipif(not EV_DATA.is_dir(), reason="../shared/data with MATH-500 and GSM8K is not there")
-def test_gold_answers_are_right_for_themselves_and_for_no_other(ev_actors):
-    graders = ev.Graders(2, deadline=60)
-    for name, count in (("math500", 500), ("gsm8k_test", 1319)):
-        golds = [problem["answer"] for problem in ev.load_problems(str(EV_DATA / f"{name}.jsonl"))]
-        grades = graders.grade(list(zip(map(ev_boxed, golds), golds)))
-        assert sum(grade.score for grade in grades) == count
-    golds = sorted(set(golds))                          # whole numbers: others are wrong
-    assert not any(grade.score for grade in graders.grade(list(zip(map(ev_boxed, golds), golds[1:]))))
+def test_gold_answers_are_right_for_themselves_and_for_no_other(ev_graders):
+    def right(answers, golds):
+        pairs = zip(map(ev_boxed, answers), golds)
+        return sum(grade.score for grade in ev_graders.grade([*pairs]))
+
+    for name, respelled, equal in (("math500", 490, 4), ("gsm8k_test", 1300, 0)):
+        golds = [problem["answer"] for problem in ev.load_problems(f"{EV_DATA}/{name}.jsonl")]
+        assert right(golds, golds) == len(golds)
+        assert right([gold + "\\;" for gold in golds], golds) > respelled   # these go through math-verify
+        distinct = sorted(set(golds))
+        assert right(distinct, distinct[1:]) <= equal                       # 36 is 36^\circ
 
 
-def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_actors, monkeypatch, tmp_path):
+def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_graders, monkeypatch, tmp_path):
     class Troubled(ev.Grader):
         def equal(self, answers, gold):
             word = answers[0]
@@ -2685,46 +2711,37 @@ def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_actors, monkeypatch
     expected = {"ab": "right", "hang": "timeout", "die": "crashed", "memory": "crashed"}   # ab: by somebody else, once
     rows = []
     for word in expected:
-        rows += [(ev_boxed(f"\\sqrt{{{i * i}}}"), str(i)) for i in range(9)]
+        rows += [(f"\\boxed{{\\sqrt{{{i * i}}}}}", i) for i in range(9)]
         rows.append((ev_boxed(word), "ba"))
     rows.append((ev_boxed("9^{9^{9^{9}}}"), "x^2+1"))   # sympy hangs by itself, too
-    *grades, last = ev.Graders(2, deadline=5).grade(rows)
+    ev_graders.deadline = 3
+    *grades, last = ev_graders.grade(rows)
     assert last.score == 0
     for grade in grades:
         assert grade.verdict == expected.get(grade.answer, "right"), grade
 
 
-def test_200_easy_answers_are_graded_a_second(ev_actors):
-    rows = [(ev_boxed(str(i)), str(i + i % 2)) for i in range(900)] + [(ev_boxed("y+x"), "x+y")] * 100
-    pool = ev.Graders(2)
-    pool.grade(rows[-20:])
-    start = time.perf_counter()
-    assert sum(grade.score for grade in pool.grade(rows)) == 550
-    assert time.perf_counter() - start < 5
-
-
 def test_rows_of_every_shape_are_problems(tmp_path, monkeypatch):
-    rows = [{"problem": "p", "solution": "\\boxed{7}", "answer": "5"},                                  # MATH-500
-            {"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"},                           # MATH
-            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"},                                      # GSM8K
-            {"question": "p", "final_answer": "5", "r1_solution_1": "\\boxed{7}"},                      # DeepMath
-            {"prompt": "p", "answer": 5}]
-    path = tmp_path / "rows.jsonl"
-    for row in rows:
-        table = al.Table.from_pylist([row])
-        table.to_jsonl(path)
-        al.write(table, tmp_path / "rows.arrow")
-        pytest.importorskip("polars").DataFrame([row]).write_parquet(tmp_path / "rows.parquet")
-        assert ev.load_problems(str(tmp_path)) == [{"problem": "p", "answer": "5"}] * 3     # the folder
-    path.write_text('\ufeff{"problem": "p", "answer": 5, "x": [1]}\n\n{"prompt": "q", "x": {}}')    # of several kinds
+    rows = [{"problem": "p", "solution": "\\boxed{7}", "answer": "5"},          # MATH-500
+            {"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"},   # MATH
+            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"},              # GSM8K
+            {"question": "p", "final_answer": "5", "x": "\\boxed{7}"}]          # DeepMath
+    table = al.Table.from_pylist(rows)
+    table.to_jsonl(tmp_path / "rows.jsonl")
+    al.write(table, tmp_path / "rows.arrow")
+    pytest.importorskip("polars").DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
+    assert ev.load_problems(str(tmp_path)) == [{"problem": "p", "answer": "5"}] * 12        # the folder
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('\ufeff{"problem": "p", "answer": 5, "x": [1]}\n\n{"prompt": "q", "x": {}}')
     assert [row["columns"]["x"] for row in ev.load_problems(str(path), columns=True)] == [[1], {}]
     for line, what in (('{"problem": "p"}', "answer"), ('{"prompt": [5], "answer": 5}', "problem"), ("{", "JSON")):
         path.write_text(f'{{"problem": "p", "answer": "1"}}\n\n{line}\n')
-        with pytest.raises(ValueError, match=f"rows.jsonl, line 3: no.* {what}"):
+        with pytest.raises(ValueError, match=f"mixed.jsonl, line 3: no.* {what}"):
             ev.load_problems(str(path))
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *where, **more: asked.append(where) or rows)
-    assert len(ev.load_problems("math500") + ev.load_problems("gsm8k") + ev.load_problems("org/set")) == 15
+    for name in ("math500", "gsm8k", "org/set"):
+        assert len(ev.load_problems(name)) == 4
     assert asked == [("HuggingFaceH4/MATH-500",), ("openai/gsm8k", "main"), ("org/set",)]
 
 
@@ -2733,11 +2750,12 @@ def test_sums_are_right_and_held_out_ones_are_never_in_a_training_set():
     test = ev.arithmetic(500, seed=2, held_out=True)
     assert not {row["problem"] for row in train} & {row["problem"] for row in test}
     for row in train + test:
-        assert sum(map(int, row["problem"][:-2].split("+"))) == int(row["answer"]) == int(ev.extract(row["solution"]))
+        total = eval(row["problem"].removesuffix("=?"))
+        assert row["answer"] == ev.extract(row["solution"]) == str(total)
 
 
 # What the real chat templates make of our messages.
-EV_THINK = "<think>\n\n</think>\n\n"
+EV_CALM = "<think>\n\n</think>\n\n"
 EV_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 EV_QWEN3 = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{
 '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{
@@ -2748,96 +2766,105 @@ for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\
 if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-@pytest.mark.parametrize("template, before, after", [(EV_QWEN3, "", EV_THINK), (EV_SMOLLM2, EV_SYSTEM, "")])
-def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(template, before, after, tmp_path):
-    P.tiny_model(tmp_path, hidden_size=32, num_hidden_layers=1, eos_token_id=256)      # its config: the end of text
-    (tmp_path / "chat_template.jinja").write_text(template)
-    generator = ev.Generator(str(tmp_path))
-    [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], generator.llm.tokenizer)
-    question = f"<|im_start|>user\n1+1=?\n{ev.INSTRUCTION}<|im_end|>\n"
-    assert text == f"{before}{question}<|im_start|>assistant\n{after}"
-    assert generator.llm.tokenizer.decode(prompt) == text and prompt.count(258) == text.count("<|im_end|>")
-    [samples] = generator.generate([prompt], {"n": 100, "max_tokens": 50, "seed": 0})
-    for sample in samples:
-        *middle, last = sample["token_ids"].tolist()
-        assert not {256, 258} & {*middle} and "im_end" not in sample["text"]
-        assert (sample["finish_reason"] == "stop") == (last in (256, 258))
-    assert any(sample["token_ids"][-1] == 258 for sample in samples)
-    weights = generator.llm.model.hf_tensors()
-    tensors = {name: ((-x).contiguous().flatten().view(torch.uint8).numpy(), x.dtype, x.shape) for name, x in weights}
-    [[new], _] = generator.generate([prompt, [5]], [{"seed": 0}, {"n": 3}], {"version": 7, "tensors": tensors})
+def test_an_answer_of_a_base_model_ends_at_the_end_of_turn_and_new_weights_are_taken(tmp_path):
+    for template, before, after in ((EV_QWEN3, "", EV_CALM), (EV_SMOLLM2, EV_SYSTEM, "")):
+        P.tiny_model(tmp_path, hidden_size=32, num_hidden_layers=1, eos_token_id=256)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        generator = ev.Generator(str(tmp_path))
+        tokenizer = generator.llm.tokenizer
+        [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], tokenizer)
+        question = f"<|im_start|>user\n1+1=?\n{ev.INSTRUCTION}<|im_end|>\n"
+        assert text == tokenizer.decode(prompt) == f"{before}{question}<|im_start|>assistant\n{after}"
+        [samples] = generator.generate([prompt], {"n": 100, "max_tokens": 50, "seed": 0})
+        last = set()
+        for sample in samples:
+            *middle, end = sample["token_ids"].tolist()
+            assert not EV_ENDS.intersection(middle)
+            assert (sample["finish_reason"] == "stop") == (end in EV_ENDS)
+            last.add(end)
+        assert EV_ENDS < last
+    tensors = {}
+    for name, x in generator.llm.model.hf_tensors():
+        tensors[name] = x.neg().contiguous().view(torch.uint8).flatten().numpy(), x.dtype, x.shape
+    [_, [new]] = generator.generate([[5], prompt], [{}, {"seed": 0}], {"version": 7, "tensors": tensors})
     assert {*new["versions"]} == {7} and abs(new["logprobs"][0] - samples[0]["logprobs"][0]) > 1e-4
+
+
+EV_SAMPLES = """
+[1, "right", "1", "stop"]
+[0, "wrong", "3", "length"]
+[0, "wrong", "4", "stop"]
+[1, "right", "0.5", "stop"]
+[0, "unparsed", null, "stop"]
+[0, "wrong", "3", "stop"]
+[0, "unparsed", null, "length"]
+[0, "unparsed", null, "length"]
+[1, "right", "1", "stop"]
+[0, "wrong", "3", "stop"]
+[0, "wrong", "3.", "stop"]
+[1, "right", "5", "stop"]
+"""
 
 
 def test_scores_are_what_their_names_say():
     rows = []
-    for line in ("1 right 1 stop", "0 wrong 3 length", "0 wrong 4 stop", "1 right 0.5 stop",            # problem 0
-                 "0 unparsed - stop", "0 wrong 3 stop", "0 unparsed - length", "0 unparsed - length",   # 1
-                 "1 right 1 stop", "0 wrong 3 stop", "0 wrong 3. stop", "1 right 5 stop"):              # 2
-        score, verdict, answer, end = line.split()
-        rows.append({"number": len(rows) // 4, "score": float(score), "verdict": verdict, "finish_reason": end,
-                     "answer": None if answer == "-" else answer, "tokens": 10})
+    for i, line in enumerate(EV_SAMPLES.strip().splitlines()):      # four of each problem
+        row = zip(("score", "verdict", "answer", "finish_reason"), json.loads(line))
+        rows.append(dict(row, number=i // 4, tokens=10 * i))
     found = ev.summarize(rows[::-1])
-    assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(
-        {"pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3, "maj@4": 1 / 2, "truncated": 1 / 4,
-         "unparsed": 1 / 12, "tokens": 10})
+    means = {"pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3, "maj@4": 1 / 2,
+             "truncated": 1 / 4, "unparsed": 1 / 12, "tokens": 55}
+    assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(means)
     assert found["pass@1"][1] == pytest.approx(np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
     better = [row | {"score": max(row["score"], row["number"] // 2)} for row in rows]
     assert ev.compare(rows, better)["pass@1"] == pytest.approx((1 / 6, np.std([0, 0, 0.5], ddof=1) / 3**0.5))
 
 
-def test_models_are_evaluated_side_by_side_and_what_is_there_is_kept(ev_actors, tmp_path, monkeypatch, capsys):
-    def main(words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
-        code = 0
-        try:
-            ev.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+EV_MISTAKES = """
+--out new --n 0 --data sums.jsonl --model a         n = 0
+--out new --data nowhere.jsonl                      nowhere
+--out new --data sums.jsonl --model nowhere         nowhere
+--temprature 0                                      --temperature
+--limit x                                           limit
+{}                                                  --resume
+{} --resume --limit 2                               a.arrow
+{} --resume --temperature 1                         a.arrow
+{} --resume --data others.jsonl                     a.arrow
+show nowhere.arrow                                  nowhere
+arithmetic --out sums.jsonl                         sums.jsonl
+"""
 
-    monkeypatch.chdir(tmp_path)
-    for i in range(2):
-        P.tiny_model(f"m/{i}", seed=i, hidden_size=32, num_hidden_layers=1)
-    assert main("arithmetic --n 5 --held-out --out sums.jsonl")[0] == 0
-    command = "--data sums.jsonl --n 2 --max_tokens 8 --out out --model m/0"
-    assert main(command)[0] == 0
-    before = Path("out/m_0.arrow").stat().st_mtime_ns
-    code, out, _ = main(f"{command} m/1 --resume")
-    assert code == 0 and "m/0: the samples in out/m_0.arrow are kept" in out and "m/1 - m/0" in out
-    assert Path("out/m_0.arrow").stat().st_mtime_ns == before
-    samples = al.read("out/m_1.arrow").to_pylist()
-    problems = ev.load_problems("sums.jsonl")
-    assert [row["problem"] for row in samples[::2]] == [problem["problem"] for problem in problems]
-    scores = json.loads(Path("out/scores.json").read_text())
-    assert scores["m/1"]["pass@1"] == list(ev.summarize(samples)["pass@1"])
-    shown = main("show out/m_1.arrow --verdict unparsed")[1].count("gold: ")
-    assert shown == [row["verdict"] for row in samples].count("unparsed")
+
+def test_models_are_evaluated_side_by_side_and_samples_that_fit_are_kept(ev_main):
+    for model in "ab":
+        P.tiny_model(model, hidden_size=32, num_hidden_layers=1)        # the same weights
+    assert ev_main("arithmetic --n 5 --held-out --out sums.jsonl")[0] == 0
+    assert ev_main("arithmetic --n 5 --seed 1 --out others.jsonl")[0] == 0
+    command = "--data sums.jsonl --n 2 --max_tokens 8 --out out --model a"
+    assert ev_main(command)[0] == 0
+    before = Path("out/a.arrow").stat().st_mtime_ns
     small_ray.shutdown()
-    small_ray.init(num_cpus=2, num_gpus=2)                                 # two engines
-    again, _ = ev.evaluate("m/1", problems, n=2, max_tokens=8)
-    assert again["text"].to_pylist() == [row["text"] for row in samples]
-    mistakes = f"""--out new --n 0 --data sums.jsonl --model m/0; n = 0
-        --out new --data nowhere.jsonl; nowhere
-        --out new --data sums.jsonl --model nowhere; nowhere
-        --temprature 0; --temperature
-        --limit x; limit
-        {command}; --resume
-        {command} --resume --limit 2; m_0.arrow
-        show nowhere.arrow; nowhere
-        arithmetic --out sums.jsonl; sums.jsonl"""
-    for line in mistakes.splitlines():
-        words, noun = line.split("; ")
-        code, _, err = main(words)
+    small_ray.init(num_cpus=2, num_gpus=2)                              # two engines
+    code, out, _ = ev_main(f"{command} b --resume")
+    assert code == 0 and "a: the samples in out/a.arrow are kept" in out and "b - a" in out
+    assert Path("out/a.arrow").stat().st_mtime_ns == before
+    alone, shared = (al.read(f"out/{model}.arrow").to_pylist() for model in "ab")
+    assert alone == [row | {"model": "a"} for row in shared]
+    scores = json.loads(Path("out/scores.json").read_text())
+    assert scores["b"]["pass@1"] == list(ev.summarize(shared)["pass@1"])
+    shown = ev_main("show out/b.arrow --verdict unparsed")[1].count("gold: ")
+    assert shown == [row["verdict"] for row in shared].count("unparsed")
+    for line in EV_MISTAKES.strip().splitlines():
+        words, noun = re.split("  +", line)
+        code, _, err = ev_main(words.format(command))
         assert code == 2 and noun in err and err.count("\n") == 1, (words, err)
     assert not Path("new").exists()
-    assert re.search(r"0 is greedy\W+default: 0.6", main("--help")[1])
+    assert re.search(r"0 is greedy\W+default: 0.6", ev_main("--help")[1])
 
 
-def test_demo_of_evaluate():
-    done = subprocess.run([sys.executable, HERE / "evaluate.py"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"right: .*gold.*\s+wrong: .*gold", done.stdout)
+def test_demo_of_evaluate_shows_a_right_and_a_wrong_sample(ev_main):
+    code, out, _ = ev_main("")
+    assert code == 0 and re.search(r"right: .*gold.*\s+wrong: .*gold", out)
 
 
 # --- ppo.py ----------------------------------------------------------------------------------------------------------
