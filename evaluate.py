@@ -288,14 +288,15 @@ def report(models):
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 class Generator:
-    """An engine as an actor: one GPU's, or one rank of a tensor-parallel one, whose ranks all get the same calls. With
-    tp = 1 it is exact, unless `options`, other arguments of LLM, say otherwise. A call is a batch. The template's end
-    of turn ends an answer: base models know only the end of text, and go on."""
+    """An engine as an actor: one GPU's, or one rank of a tensor-parallel one, whose ranks all get the same calls. One
+    GPU's is exact, unless `options`, other arguments of LLM, say otherwise. A call is a batch. The template's end of
+    turn ends an answer: base models know only the end of text, and go on."""
     def __init__(self, model, tp=1, options=None):
         import torch                                    # here alone: graders start ten times faster without it
         from engine import LLM, end_of_turn
         torch.set_num_threads(1)                        # processes share the cores
-        self.llm = LLM(model, tensor_parallel_size=tp, **{"exact": tp == 1} | (options or {}))
+        exact = tp == 1 and torch.cuda.is_available()
+        self.llm = LLM(model, tensor_parallel_size=tp, **{"exact": exact} | (options or {}))
         self.stop = {"stop_token_ids": [end_of_turn(self.llm.tokenizer)]}               # or [None], which stops nothing
     def generate(self, prompts, params, weights=None):
         """A list of samples for each prompt. params are SamplingParams' arguments: for all prompts, or one dict a
@@ -421,7 +422,6 @@ def demo():
 class Show:
     path: str                       # an Arrow, jsonl or parquet file
     verdict: str | None = None      # only such: right, wrong, unparsed, timeout, crashed
-
 @dataclass
 class Sums:
     out: str                        # a .jsonl file
