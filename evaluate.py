@@ -16,8 +16,7 @@ chat_messages, chat_prompts, arithmetic; Generator (an engine as an actor); eval
     python evaluate.py show evaluation/runs_ppo.arrow --verdict wrong   reads samples as a person would
     python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held_out: test)
 """
-import collections, functools, importlib, json, logging, math, os, random, re, resource, sys, tempfile, threading
-import warnings
+import collections, functools, importlib, json, logging, math, os, random, re, resource, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -305,9 +304,9 @@ class Generator:
         from engine import SamplingParams
         if weights and weights["version"] != self.llm.weight_version:
             warnings.filterwarnings("ignore", ".*not writable")         # they are only copied from
-            tensors = weights["tensors"].items()
-            self.llm.update_weights({name: torch.from_numpy(data).view(dtype).view(shape)
-                                     for name, (data, dtype, shape) in tensors}, version=weights["version"])
+            tensors = {name: torch.from_numpy(data).view(dtype).view(shape)
+                       for name, (data, dtype, shape) in weights["tensors"].items()}
+            self.llm.update_weights(tensors, version=weights["version"])
         each = params if isinstance(params, list) else [params] * len(prompts)
         settings = [SamplingParams(**self.stop | one) for one in each]
         outputs = self.llm.generate(prompts, settings)
@@ -322,10 +321,9 @@ def sampling(config):
     params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens", "seed")}
     SamplingParams(**params)                            # what an engine would refuse is refused before one is started
     return params
-
 def planned(model, problems, config):
     """What is known of each sample before it is made: --resume keeps those that agree with it, and no others."""
-    settings = str(sampling(config))
+    settings = f"{len(problems)} problems, {sampling(config)}"
     return [{"model": str(model), "number": i, "problem": problem["problem"], "gold": problem["answer"],
              "settings": settings} for i, problem in enumerate(problems) for _ in range(config.n)]
 
@@ -366,16 +364,17 @@ def run(config):
     for model in config.model:
         file = out / (model.strip("./").replace("/", "_") + ".arrow")
         if file.exists():
-            table = al.read(file)
+            samples = al.read(file).to_pylist()
             plan = planned(model, problems, config)
-            if table.select_columns(list(plan[0])).to_pylist() != plan:
+            if [row | known for row, known in zip(samples, plan)] != samples:
                 raise ValueError(f"{file} has samples of another model, other problems or settings: change --out")
             print(f"{model}: the samples in {file} are kept")
         else:
             table, _ = evaluate(model, problems, config)
             out.mkdir(parents=True, exist_ok=True)
             al.write(table, file)
-        models[model] = table.to_pylist()
+            samples = table.to_pylist()
+        models[model] = samples
     print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
     scores = {model: summarize(samples) for model, samples in models.items()}
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2))
@@ -393,7 +392,7 @@ def show(path, verdict=None):
 
 def demo():
     """A tiny model learns to write sums for some seconds, and is examined on others long before it is good at them."""
-    import parallel, torch
+    import parallel, tempfile, torch
     from transformers import AutoTokenizer
     torch.set_num_threads(1)                            # such small matrices are not worth waking others up
     def loss(model, hidden, batch):
@@ -422,6 +421,7 @@ def demo():
 class Show:
     path: str                       # an Arrow, jsonl or parquet file
     verdict: str | None = None      # only such: right, wrong, unparsed, timeout, crashed
+
 @dataclass
 class Sums:
     out: str                        # a .jsonl file

@@ -2799,6 +2799,7 @@ EV_MISTAKES = """
 --limit x                                           limit
 {}                                                  --resume
 {} --resume --limit 2                               a.arrow
+{} --resume --limit 2 --n 5                         a.arrow
 {} --resume --temperature 1                         a.arrow
 {} --resume --data others.jsonl                     a.arrow
 show nowhere.arrow                                  nowhere
