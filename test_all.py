@@ -2833,7 +2833,7 @@ def test_models_are_evaluated_side_by_side_and_samples_that_fit_are_kept(ev_main
 
 def test_demo_of_evaluate_shows_a_right_and_a_wrong_sample(ev_main):
     code, out, _ = ev_main("")
-    assert code == 0 and re.search(r"pass@1[^$]+right: .*gold.*\s+wrong: .*gold", out)
+    assert code == 0 and re.search(r"(?s)pass@1.*right: .*gold.*wrong: .*gold", out)
 
 
 # --- ppo.py ----------------------------------------------------------------------------------------------------------
