@@ -2213,9 +2213,10 @@ def test_pages_and_logprobs_add_up_in_thousands_of_random_steps(tiny, seed):
 
 def served(folder, count, **settings):
     """Tokens and logprobs of so many prompts, as many tokens each, in a small engine."""
-    engine = LLM(folder, max_model_len=64, block_size=4, num_gpu_blocks_override=20,
-                 max_num_batched_tokens=24, **settings)
-    prompts = some_prompts(random.Random(21), count, 40)
+    engine = LLM(
+        folder, max_model_len=64, block_size=4, num_gpu_blocks_override=20,
+        max_num_batched_tokens=2 * count, **settings)
+    prompts = some_prompts(random.Random(21), count, 3 * count)
     outputs = serve(engine, prompts, seed=3, max_tokens=count, top_k=50)
     return tokens_of(outputs), [output["logprobs"] for output in outputs]
 
