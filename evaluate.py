@@ -3,10 +3,10 @@
 A model answers math problems, each answer is graded against the gold one, and the grades become scores with their
 errors. `gold` is the right answer, `answer` is what a model put into its box. All is generated first, then graded:
 
-    problems --> Generator 0, 1, ... --> text --> boxes --> the same spelling, other numbers? --> right, wrong
-                 one engine a GPU                   |                                               ^
-                                                    +--> Grader 0, 1, ... (math-verify) ------------+
-                                                         overruns its deadline: killed, and replaced
+    problems --> Generator 0, 1, ... --> text --> boxes --> quick: spelled the same, or other numbers? --> right, wrong
+                 one engine a GPU                             | hard to say                                  ^
+                                                              +--> Grader 0, 1, ...: math-verify ------------+
+                                                                   overruns its deadline: killed, and replaced
 Public names: grade(answer, gold), extract(text), boxes(text), Graders; read_rows, load_problems, INSTRUCTION,
 chat_messages, chat_prompts, arithmetic; Generator (an engine as an actor); evaluate, summarize, compare, report, show.
 
@@ -16,14 +16,14 @@ chat_messages, chat_prompts, arithmetic; Generator (an engine as an actor); eval
     python evaluate.py show evaluation/runs_ppo.arrow --verdict wrong   reads samples as a person would
     python evaluate.py arithmetic --n 1000 --seed 0 --out sums.jsonl    the task that the demos learn (--held_out: test)
 """
-import collections, functools, importlib, json, logging, math, os, random, re, resource, sys, tempfile, threading
-import warnings
+import collections, functools, importlib, json, logging, math, os, random, re, resource, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 import actors
 import arrowlite as al
@@ -42,10 +42,9 @@ class Config:
     device: str | None = None       # cpu, cuda; otherwise every GPU there is
     runtime: Literal["actors", "ray"] = "actors"    # what starts the processes: actors.py, or the real Ray
     out: str = "evaluation"         # a directory: samples, scores.json, config.json
-    resume: bool = False            # keep the samples that are in --out already
+    resume: bool = False            # keep the samples in --out, if they are of the same problems and settings
 
 # --- answers: what stands in the box, and when two of them are surely the same ---------------------------------------
-
 def boxes(text):
     """What stands in every balanced \\boxed{} outside of thinking, if anything; of nested ones the inner counts."""
     text = text.rpartition("</think>")[2].partition("<think>")[0]
@@ -74,18 +73,18 @@ def tidy(answer):
     return re.sub(r"(?<=\d)\\[,!: ](?=\d{3})", "", answer)
 
 def quick(answer, gold):
-    """The verdict where it takes no sympy, else None; math-verify rounds, so that 0.333333 is 1/3."""
-    a, b = map(tidy, [answer, gold])
+    """The verdict where it takes no sympy, else None, as for close numbers: math-verify rounds (0.333333 is 1/3)."""
+    a = tidy(answer)
+    b = tidy(gold)
     if a == b:
         return True
     if re.fullmatch(WORD, a) and re.fullmatch(WORD, b):
         return a.lower() == b.lower()
     both_numbers = re.fullmatch(NUMBER, a) and re.fullmatch(NUMBER, b)
-    if len(a) > 2000 or both_numbers and abs(float(a) - float(b)) > 1e-5:
+    if both_numbers and abs(float(a) - float(b)) > 1e-5 or len(a) > 2000:
         return False
 
 # --- grading: math-verify, in processes that are made to be killed ---------------------------------------------------
-
 class Grade(NamedTuple):
     score: float                    # 1.0 or 0.0
     verdict: str                    # right, wrong, unparsed (no box), timeout, crashed
@@ -97,12 +96,12 @@ class Grader:
         resource.setrlimit(resource.RLIMIT_DATA, (2**32, 2**32))        # who asks for 4 GiB gets a MemoryError
         from math_verify import parse, verify           # here alone: nobody else needs sympy
         logging.disable()                               # of every answer that it cannot read
-        # Their own timeouts are signals, which sympy may swallow; ours is a kill. Samples of a problem share its gold.
-        self.parse = functools.lru_cache(1000)(functools.partial(parse, parsing_timeout=None))
-        self.verify = functools.partial(verify, timeout_seconds=None)
+        self.parse = functools.lru_cache(1000)(parse)
+        self.verify = verify
     def equal(self, answers, gold):
-        gold, *answers = [self.parse(f"\\boxed{{{tidy(x)}}}") for x in [gold, *answers]]
-        return all(self.verify(gold, answer) for answer in answers)
+        """No timeouts: theirs are signals, which sympy may swallow; ours is a kill."""
+        gold, *answers = [self.parse(f"\\boxed{{{tidy(x)}}}", parsing_timeout=None) for x in [gold, *answers]]
+        return all(self.verify(gold, answer, timeout_seconds=None) for answer in answers)
 
 class Graders:
     """A pool of Grader processes, each with a thread here that hands it one row at a time. So a row that hangs costs
@@ -115,7 +114,8 @@ class Graders:
         ray.init(ignore_reinit_error=True)
     def grade(self, pairs):
         """The grades of (text, gold) pairs, in their order."""
-        return list(self.threads.map(self.grade_one, pairs))
+        grades = self.threads.map(self.grade_one, pairs)
+        return list(tqdm(grades, "grading", len(pairs), disable=None))
     def grade_one(self, pair):
         """Of several boxes all have to be right: who offers two different answers has none."""
         text, gold = map(str, pair)
@@ -129,29 +129,29 @@ class Graders:
         elif False not in known:
             verdict = self.ask(answers, gold)
         return Grade(float(verdict == "right"), verdict, extract(text))
-    def ask(self, answers, gold, tries=2):
-        try:
-            if not hasattr(self.own, "worker"):
-                self.own.worker = self.ray.remote(Grader).remote()
-                self.ray.get(self.own.worker.equal.remote(["1"], "1"))         # all is loaded: now the clock may run
-            right = self.ray.get(self.own.worker.equal.remote(answers, gold), timeout=self.deadline)
-            return "right" if right else "wrong"
-        except self.ray.exceptions.RayError as error:
-            self.ray.kill(self.own.worker)
-            del self.own.worker
-            if isinstance(error, TimeoutError):
-                return "timeout"
-            return self.ask(answers, gold, tries - 1) if tries > 1 else "crashed"       # or killed by somebody else
+    def ask(self, answers, gold):
+        for _ in range(2):                              # once more if it dies: somebody else may have killed it
+            try:
+                if not hasattr(self.own, "worker"):
+                    self.own.worker = self.ray.remote(Grader).remote()
+                    self.ray.get(self.own.worker.equal.remote(["1"], "1"))     # all is loaded: now the clock may run
+                right = self.ray.get(self.own.worker.equal.remote(answers, gold), timeout=self.deadline)
+                return "right" if right else "wrong"
+            except self.ray.exceptions.RayError as error:
+                self.ray.kill(self.own.worker)
+                del self.own.worker
+                if isinstance(error, TimeoutError):
+                    return "timeout"
+        return "crashed"
 
 @functools.cache
 def one_grader():
     return Graders(1)
 def grade(answer, gold):
     """1.0 if the text's boxed answer is the gold one, else 0.0."""
-    return one_grader().grade([(answer, gold)])[0].score
+    return one_grader().grade_one((answer, gold)).score
 
 # --- problems: rows of {"problem", "answer"}, whatever their columns were called -------------------------------------
-
 INSTRUCTION = "Work step by step and put the final answer inside \\boxed{}."
 HUB = {"math500": ["HuggingFaceH4/MATH-500"], "gsm8k": ["openai/gsm8k", "main"]}
 KINDS = (".jsonl", ".json", ".arrow", ".parquet")
@@ -169,8 +169,7 @@ def read_rows(data, split="train"):
         rows = datasets.load_dataset(*HUB.get(data, [data]), split=split, streaming=True)
     elif path.suffix == ".parquet":
         import pyarrow.parquet                          # here alone: other files need no pyarrow
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches()
-        rows = (row for batch in batches for row in batch.to_pylist())
+        rows = pyarrow.parquet.read_table(path).to_pylist()
     elif path.suffix in (".jsonl", ".json"):            # one by one: a column could not hold 5 and then x+1
         rows = open(path, "rb")
     else:
@@ -188,9 +187,9 @@ def load_problems(data, split="test", columns=False):
     """The rows as problems. With their own `columns`, for who grades by those, they need no answer."""
     problems = []
     for where, row in read_rows(data, split):
-        problem = first(row, "problem", "question", "prompt")
-        answer = first(row, "final_answer", "answer").rpartition("####")[2].strip()     # GSM8K: working #### 18
-        answer = extract(answer or first(row, "solution")) or answer            # MATH: the solution ends in a box
+        problem = text_of(row, "problem", "question", "prompt")
+        answer = text_of(row, "final_answer", "answer").rpartition("####")[2].strip()     # GSM8K: working #### 18
+        answer = extract(answer or text_of(row, "solution")) or answer            # MATH: the solution ends in a box
         if not problem or not (answer or columns):
             raise ValueError(f"{where}: no {'answer' if problem else 'problem'} in {', '.join(row)}: see README.md")
         problems.append({"problem": problem, "answer": answer} | ({"columns": row} if columns else {}))
@@ -198,7 +197,7 @@ def load_problems(data, split="test", columns=False):
         raise ValueError(f"{data} has no rows")
     return problems
 
-def first(row, *names):
+def text_of(row, *names):
     """The first of these columns that holds a text or a number: not a list of messages."""
     texts = (str(row[name]).strip() for name in names if isinstance(row.get(name), (str, int, float)))
     return next(texts, "")
@@ -227,7 +226,6 @@ def arithmetic(n, seed=0, held_out=False, boxed=1.0):
     return rows
 
 # --- scores: a mean is worth as much as its error --------------------------------------------------------------------
-
 def mean_and_error(values):
     """Of one value a problem, as samples of a problem resemble each other (clustered errors, arXiv 2411.00640)."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
@@ -268,7 +266,8 @@ def summarize(samples):
 def compare(first, second):
     """How much higher the second model's measures are on the same problems. The error of such paired differences is
     far below that of either score, as what makes a problem hard is hard for both."""
-    before, after = map(measures, [first, second])
+    before = measures(first)
+    after = measures(second)
     return {name: mean_and_error(after[name] - before[name]) for name in before}
 
 def report(models):
@@ -287,21 +286,17 @@ def report(models):
     return "\n".join(lines)
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
-
 class Generator:
-    """An engine as an actor: one GPU's, or one rank of a tensor-parallel one, whose ranks all get the same calls. A
-    call is a batch. The template's end of turn ends an answer: base models know only the end of text, and go on."""
+    """An engine as an actor: one GPU's, or one rank of a tensor-parallel one, whose ranks all get the same calls. One
+    GPU's is exact, unless `options`, other arguments of LLM, say otherwise. A call is a batch. The template's end of
+    turn ends an answer: base models know only the end of text, and go on."""
     def __init__(self, model, tp=1, options=None):
-        """options: keyword arguments of LLM. On one GPU the engine is exact, unless they say otherwise."""
         import torch                                    # here alone: graders start ten times faster without it
         from engine import LLM, end_of_turn
-        options = options or {}
-        on_gpu = torch.cuda.is_available() and options.get("device") != "cpu"
-        if not on_gpu:
-            torch.set_num_threads(1)                    # processes share the cores
-        self.llm = LLM(model, tensor_parallel_size=tp, **{"exact": on_gpu and tp == 1} | options)
-        end = end_of_turn(self.llm.tokenizer)
-        self.stop = {} if end is None else {"stop_token_ids": [end]}
+        torch.set_num_threads(1)                        # processes share the cores
+        exact = tp == 1 and torch.cuda.is_available()
+        self.llm = LLM(model, tensor_parallel_size=tp, **{"exact": exact} | (options or {}))
+        self.stop = {"stop_token_ids": [end_of_turn(self.llm.tokenizer)]}               # or [None], which stops nothing
     def generate(self, prompts, params, weights=None):
         """A list of samples for each prompt. params are SamplingParams' arguments: for all prompts, or one dict a
         prompt. weights of another version than the engine's are loaded first."""
@@ -309,29 +304,37 @@ class Generator:
         from engine import SamplingParams
         if weights and weights["version"] != self.llm.weight_version:
             warnings.filterwarnings("ignore", ".*not writable")         # they are only copied from
-            tensors = weights["tensors"].items()
-            self.llm.update_weights({name: torch.from_numpy(data).view(dtype).view(shape)
-                                     for name, (data, dtype, shape) in tensors}, version=weights["version"])
+            tensors = {name: torch.from_numpy(data).view(dtype).view(shape)
+                       for name, (data, dtype, shape) in weights["tensors"].items()}
+            self.llm.update_weights(tensors, version=weights["version"])
         each = params if isinstance(params, list) else [params] * len(prompts)
         settings = [SamplingParams(**self.stop | one) for one in each]
-        outputs = self.llm.generate(prompts, settings, use_tqdm=sys.stderr.isatty())
+        outputs = self.llm.generate(prompts, settings)
         return [[self.sample(one) for one in output.outputs] for output in outputs]
     def sample(self, output):
         return {"text": output.text, "token_ids": np.array(output.token_ids, np.int32),
                 "logprobs": np.array(output.logprobs, np.float32),
                 "versions": np.array(output.versions, np.int32), "finish_reason": output.finish_reason}
 
+def sampling(config):
+    from engine import SamplingParams
+    params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens", "seed")}
+    SamplingParams(**params)                            # what an engine would refuse is refused before one is started
+    return params
+def planned(model, problems, config):
+    """What is known of each sample before it is made: --resume keeps those that agree with it, and no others."""
+    settings = f"{len(problems)} problems, {sampling(config)}"
+    return [{"model": str(model), "number": i, "problem": problem["problem"], "gold": problem["answer"],
+             "settings": settings} for i, problem in enumerate(problems) for _ in range(config.n)]
+
 def evaluate(model, problems, config=None, **settings):
     """The samples of a model, and summarize(samples). Settings replace those of `config`, by name."""
-    from engine import SamplingParams
     from parallel import local_folder
     from transformers import AutoTokenizer
     config = replace(config or Config(), **settings)
-    params = {name: getattr(config, name) for name in ("n", "temperature", "top_p", "top_k", "max_tokens")}
-    SamplingParams(**params)                            # what an engine would refuse is refused before one is started
     folder = local_folder(model)
     _, prompts = chat_prompts(problems, AutoTokenizer.from_pretrained(folder))
-    seeded = [params | {"seed": config.seed * 10**6 + i} for i in range(len(problems))]     # no data set has more
+    seeded = [sampling(config) | {"seed": config.seed * 10**6 + i} for i in range(len(problems))]
     ray = importlib.import_module(config.runtime)
     graders = Graders(ray=ray)                          # starts the runtime, unless it runs
     gpus = 0 if config.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
@@ -340,18 +343,15 @@ def evaluate(model, problems, config=None, **settings):
     count = max(1, gpus)
     generator = ray.remote(Generator).options(num_gpus=min(gpus, 1))
     engines = [generator.remote(folder, 1, {"device": config.device}) for _ in range(count)]
-    shares = ray.get([engines[i].generate.remote(prompts[i::count], seeded[i::count]) for i in range(count)])
+    shares = ray.get([engine.generate.remote(prompts[i::count], seeded[i::count]) for i, engine in enumerate(engines)])
     for engine in engines:
         ray.kill(engine)                                # the next model needs the memory
-    rows = []
-    for i, problem in enumerate(problems):
-        for sample in shares[i % count][i // count]:
-            rows.append({"model": str(model), "number": i, "problem": problem["problem"], "gold": problem["answer"],
-                         "text": sample["text"], "finish_reason": sample["finish_reason"],
-                         "tokens": len(sample["token_ids"])})
-    grades = graders.grade([(row["text"], row["gold"]) for row in rows])
-    for row, grade in zip(rows, grades):
-        row.update(grade._asdict())
+    samples = [sample for i in range(len(problems)) for sample in shares[i % count][i // count]]    # in their order
+    rows = planned(model, problems, config)
+    grades = graders.grade([(sample["text"], row["gold"]) for sample, row in zip(samples, rows)])
+    for row, sample, grade in zip(rows, samples, grades):
+        row |= {name: sample[name] for name in ("text", "finish_reason")} | grade._asdict()
+        row["tokens"] = len(sample["token_ids"])
     return al.Table.from_pylist(rows), summarize(rows)
 
 def run(config):
@@ -364,23 +364,24 @@ def run(config):
     for model in config.model:
         file = out / (model.strip("./").replace("/", "_") + ".arrow")
         if file.exists():
+            samples = al.read(file).to_pylist()
+            plan = planned(model, problems, config)
+            if [row | known for row, known in zip(samples, plan)] != samples:
+                raise ValueError(f"{file} has samples of another model, other problems or settings: change --out")
             print(f"{model}: the samples in {file} are kept")
         else:
-            samples, _ = evaluate(model, problems, config)
+            table, _ = evaluate(model, problems, config)
             out.mkdir(parents=True, exist_ok=True)
-            al.write(samples, file)
-        samples = al.read(file).to_pylist()
-        if samples[0]["model"] != model or len(samples) != len(problems) * config.n:
-            raise ValueError(f"{file} has other samples than those of {model} asked for here: choose another --out")
+            al.write(table, file)
+            samples = table.to_pylist()
         models[model] = samples
     print(f"\n{len(problems)} problems of {config.data}, {config.n} samples each, in {out}\n{report(models)}")
     scores = {model: summarize(samples) for model, samples in models.items()}
     (out / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    (out / "scores.json").write_text(json.dumps(scores).replace("NaN", "null"))   # of one problem
+    (out / "scores.json").write_text(json.dumps(scores).replace("NaN", "null"))   # the error of one problem
     return scores
 
 # --- the demo, and the command line ----------------------------------------------------------------------------------
-
 def show(path, verdict=None):
     """The rows of any file as a person reads them."""
     for where, row in read_rows(path):
@@ -390,9 +391,8 @@ def show(path, verdict=None):
                 print(f"{name}: {x if isinstance(x, str) else str(x)[:100]}")
 
 def demo():
-    """A tiny model learns sums for some seconds, and is examined on others before it is good at them."""
-    import parallel
-    import torch
+    """A tiny model learns to write sums for some seconds, and is examined on others long before it is good at them."""
+    import parallel, tempfile, torch
     from transformers import AutoTokenizer
     torch.set_num_threads(1)                            # such small matrices are not worth waking others up
     def loss(model, hidden, batch):
@@ -401,18 +401,18 @@ def demo():
     with tempfile.TemporaryDirectory() as folder:
         parallel.tiny_model(folder, hidden_size=64, num_hidden_layers=2)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = parallel.Qwen3.from_pretrained(folder, dtype=torch.float32)
+        model = parallel.Qwen3.from_pretrained(folder)
         optimizer = parallel.AdamW(model, lr=3e-3)
-        for step in range(200):
-            talks = [[*chat_messages(row["problem"]), {"role": "assistant", "content": row["solution"]}]
-                     for row in arithmetic(16, seed=step)]
-            documents = [np.array(tokenizer.apply_chat_template(talk, return_dict=False)) for talk in talks]
-            parallel.run(model, [parallel.micro_batch(documents)], loss)
+        for step in range(100):
+            rows = arithmetic(8, seed=step)
+            texts, _ = chat_prompts(rows, tokenizer)
+            whole = [text + row["solution"] + tokenizer.eos_token for text, row in zip(texts, rows)]
+            parallel.run(model, [parallel.micro_batch(tokenizer(whole)["input_ids"])], loss)
             optimizer.step()
         model.save_pretrained(folder)
         table, _ = evaluate(folder, arithmetic(50, held_out=True), n=4, max_tokens=48)
     samples = table.to_pylist()
-    print(report({"after 200 steps": samples}))
+    print(report({"after 100 steps": samples}))
     for verdict in ("right", "wrong"):
         row = next(row for row in samples if row["verdict"] == verdict)
         print(f"\n{verdict}: {row['problem']} {row['text']} (gold: {row['gold']})")

@@ -19,6 +19,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import struct
@@ -1916,17 +1917,17 @@ def test_the_command_line_of_parallel(command, words):
 def tiny(tmp_path_factory, one_thread):
     """A base model: its configuration names 256, and not 258, with which the chat template ends a turn."""
     folder = tmp_path_factory.mktemp("tiny")
-    P.tiny_model(folder, num_hidden_layers=2, hidden_size=64, intermediate_size=96, vocab_size=260,
-                 initializer_range=0.1, eos_token_id=256)
+    shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96)
+    P.tiny_model(folder, **shape, vocab_size=260, initializer_range=0.1, eos_token_id=256)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def llm(tiny):
     """For tests that leave it as they found it."""
-    engine = LLM(tiny, max_model_len=256, max_num_seqs=16, exact=True)
+    engine = LLM(tiny, max_model_len=96, enable_prefix_caching=False)
     yield engine
-    assert not engine.has_unfinished() and engine.weight_version == 0
+    assert not engine.has_unfinished()
 
 
 def asked(**settings):
@@ -1939,28 +1940,21 @@ def serve(engine, prompts, params=None, **settings):
     return outputs
 
 
-def step_through(engine, steps=10**6):
-    outputs = {}
-    while engine.has_unfinished() and steps:
-        outputs |= {output.request_id: output for output in engine.step()}
-        pages_add_up(engine.scheduler)
-        steps -= 1
-    return outputs
-
-
 def pages_add_up(scheduler):
     """What holds after every step: references are those of running requests, no page and no seat is lost."""
     blocks = scheduler.blocks
-    held = [page for request in scheduler.running for page in request.pages]
+    held = []
+    for request in scheduler.running:
+        held += request.pages
     assert blocks.refs == [held.count(page) for page in range(blocks.count + 1)]
     assert sorted([*blocks.free, *set(held)]) == list(range(1, blocks.count + 1))
-    assert {page: name for name, page in blocks.known.items()} == blocks.names
+    assert blocks.names == {page: name for name, page in blocks.known.items()}
     assert len(scheduler.running) + len(scheduler.seats) == len(scheduler.table) - 1
 
 
-def some_prompts(seed, count, longest, vocab=256):
-    rng = random.Random(seed)
-    return [rng.choices(range(vocab), k=rng.randint(1, longest)) for _ in range(count)]
+def some_prompts(rng, count, longest, vocab=256):
+    sizes = [rng.randint(1, longest) for _ in range(count)]
+    return [rng.choices(range(vocab), k=size) for size in sizes]
 
 
 def tokens_of(outputs):
@@ -1970,14 +1964,15 @@ def tokens_of(outputs):
 def trainers_logprobs(model, outputs, temperature, size=4):
     """The engine's logprob of every token, and the trainer's, which packs so many sequences into a micro-batch."""
     ours = []
-    texts = []
-    learned = []
+    documents = []
     for output in outputs:
         for one in output.outputs:
             ours += one.logprobs
-            texts.append(np.array(output.prompt_token_ids + one.token_ids))
-            learned.append(np.arange(len(texts[-1])) >= len(output.prompt_token_ids))
-    batches = [P.micro_batch(texts[i:i + size], learned[i:i + size]) for i in range(0, len(texts), size)]
+            text = np.array(output.prompt_token_ids + one.token_ids)
+            learned = np.arange(len(text)) >= len(output.prompt_token_ids)
+            documents.append((text, learned))
+    cuts = [documents[i:i + size] for i in range(0, len(documents), size)]
+    batches = [P.micro_batch(*zip(*cut)) for cut in cuts]
 
     def read(model, hidden, batch):
         return None, model.logprobs(hidden[batch["predict"]], batch["targets"], temperature)[0]
@@ -1987,51 +1982,104 @@ def trainers_logprobs(model, outputs, temperature, size=4):
 
 
 @pytest.mark.parametrize("kind", ["Qwen3", "Llama", "Qwen2"])
-def test_greedy_tokens_and_all_logprobs_are_those_of_transformers(tmp_path, one_thread, kind):
+def test_greedy_tokens_are_those_of_transformers(tmp_path, one_thread, kind):
     import transformers
     torch.manual_seed(3)
     config = getattr(transformers, kind + "Config")(
-        vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3, head_dim=16,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
-        initializer_range=0.2, eos_token_id=50, tie_word_embeddings=kind == "Qwen2")
+        vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        max_position_embeddings=128, initializer_range=0.2,
+        eos_token_id=50, tie_word_embeddings=kind == "Qwen2")
     model = getattr(transformers, kind + "ForCausalLM")(config).eval()
-    ends = list(range(9))                               # these count, not the configuration's
-    model.generation_config.eos_token_id = ends
+    model.generation_config.eos_token_id = [1, 2, 3, 4, 5, 6]       # these count, not the configuration's
     model.save_pretrained(tmp_path)
-    engine = LLM(str(tmp_path), max_num_seqs=5, max_num_batched_tokens=40, exact=kind == "Llama")
-    for temperature in (0, 0.6):
-        outputs = serve(engine, some_prompts(1, 12, 60, 199), temperature=temperature, max_tokens=30, ignore_eos=False)
-        assert {output["finish_reason"] for output in outputs} == {"stop", "length"}
-        for output in outputs:
-            tokens = output["token_ids"]
-            whole = torch.tensor([output.prompt_token_ids + tokens])
-            logits = model(whole).logits[0, -len(tokens) - 1:-1].double()       # [tokens, vocab]
-            logprobs = (logits / (temperature or 1)).log_softmax(-1)
-            logprobs = logprobs[range(len(tokens)), tokens].tolist()
-            assert np.allclose(output["logprobs"], logprobs, atol=2e-5)
-            assert temperature or tokens == logits.argmax(-1).tolist()
-            assert not set(ends).intersection(tokens[:-1])
-            assert (tokens[-1] in ends) == (output["finish_reason"] == "stop")
+    engine = LLM(str(tmp_path), max_num_seqs=5, max_num_batched_tokens=40)
+    prompts = some_prompts(random.Random(1), 8, 60, 199)
+    outputs = serve(engine, prompts, temperature=0, max_tokens=30, ignore_eos=False)
+    for prompt, output in zip(prompts, outputs):
+        ids = torch.tensor([prompt])
+        [want] = model.generate(ids, max_new_tokens=30, do_sample=False)
+        assert prompt + output["token_ids"] == want.tolist()
+    assert {output["finish_reason"] for output in outputs} == {"stop", "length"}
 
 
-def test_chunks_pages_pools_and_company_change_no_token(tiny):
-    """One request at a time in a roomy engine, against every way to squeeze many through a small one."""
-    prompts = some_prompts(2, 9, 80) + [[5] * n for n in (15, 16, 17, 32, 33, 33)]
-    params = [asked(seed=i, n=1 + i % 2, max_tokens=4 + i, temperature=i % 3 / 2.5,
-                    top_k=i % 4 * 10, top_p=1 - i % 5 / 10) for i in range(15)]
-    alone = LLM(tiny, max_model_len=128, enable_prefix_caching=False)
-    want = [tokens_of(serve(alone, *pair))[0] for pair in zip(prompts, params)]
-    preempted = 0
-    cached = []
+def ended(free, params, decode):
+    """What is left of these tokens if every rule of how an answer ends is looked at after each of them."""
+    for count, token in enumerate(free, 1):
+        tokens = free[:count]
+        text = decode(tokens)
+        found = [(text.find(stop), stop) for stop in params.stop if stop in text]
+        if token in params.stop_token_ids:
+            return tokens, decode(tokens[:-1]), "stop", token
+        if token == 256 and not params.ignore_eos:
+            return tokens, text, "stop", None
+        if found:
+            at, stop = min(found)
+            return tokens, text[:at], "stop", stop
+        if count == params.max_tokens:
+            return tokens, text, "length", None
+
+
+def test_random_requests_get_in_small_engines_what_each_gets_alone(tiny, llm):
+    """By itself an answer goes on to the end of the context: where it ends with other settings follows from that."""
+    rng = random.Random(1)
+    decode = partial(llm.get_tokenizer().decode, skip_special_tokens=True)
+    prompts = []
+    params = []
+    want = []
+    for seed in range(16):
+        text = "beginning " * rng.randint(0, 3)
+        text += "".join(rng.choices("aé€😀", k=rng.randint(1, 3)))
+        ids = llm.tokenizer.encode(text)
+        heat = rng.choice([0, 0.6, 1.2])
+        free = asked(
+            n=rng.randint(1, 3), seed=seed, max_tokens=None, temperature=heat,
+            top_k=rng.choice([-1, 9, 99]), top_p=rng.uniform(0.5, 1))
+        [output] = serve(llm, text, free)
+        [samples] = tokens_of([output])
+        assert output.prompt_token_ids == ids
+        assert {len(ids + tokens) for tokens in samples} == {96}
+        assert len({*map(tuple, samples)}) == (free.n if heat else 1)
+        pieces = re.findall("[^\ufffd]{2}", output["text"][4:])
+        piece = rng.choice(pieces or ["never"])
+        rules = replace(
+            free, max_tokens=rng.randint(1, 40), ignore_eos=rng.random() < 0.5,
+            stop=rng.choice([[], piece, ["never", piece]]),
+            stop_token_ids=rng.choice([[], samples[0][9]]))
+        form = rng.choice([text, ids, {"prompt": text}, {"prompt_token_ids": ids}])
+        prompts.append(form)
+        params.append(rules)
+        want.append([ended(tokens, rules, decode) for tokens in samples])
     for chunk, page, caching, overlap in (
-            (1, 16, True, True), (7, 4, True, False), (16, 16, False, True), (50, 1, True, True)):
-        engine = LLM(tiny, max_model_len=128, max_num_seqs=6, max_num_batched_tokens=chunk,
-                     block_size=page, enable_prefix_caching=caching, async_scheduling=overlap,
-                     exact=page == 1, num_gpu_blocks_override=96 // page)
-        assert tokens_of(serve(engine, prompts[::-1], params[::-1])) == want[::-1], (chunk, page)
-        preempted += engine.scheduler.preemptions
-        cached.append(engine.scheduler.cached_tokens)
-    assert preempted > 10 and sum(cached) > 500 and cached[2] == 0
+            (3, 16, True, True),
+            (7, 4, True, False),
+            (16, 16, False, True),
+            (50, 1, True, True)):
+        engine = LLM(
+            tiny, max_model_len=96, max_num_seqs=6, max_num_batched_tokens=chunk,
+            block_size=page, num_gpu_blocks_override=80 // page, exact=page == 1,
+            enable_prefix_caching=caching, async_scheduling=overlap)
+        for output, samples in zip(serve(engine, prompts, params), want):
+            for one, expected in zip(output.outputs, samples):
+                found = one.token_ids, one.text, one.finish_reason, one.stop_reason
+                assert found == expected
+        assert engine.scheduler.preemptions > 0
+        assert (engine.scheduler.cached_tokens > 100) == caching
+    for prompt, rules, samples in zip(prompts, params, want):
+        stream = engine.stream(prompt, replace(rules, n=1))
+        assert "".join(stream) == samples[0][1]
+
+
+def test_streams_share_the_engine_and_may_be_left(llm):
+    stream = llm.stream("hello", asked(seed=1))
+    first = next(stream)
+    serve(llm, "x", max_tokens=30)                      # takes the steps that end it
+    [whole] = serve(llm, "hello", seed=1)
+    assert first + "".join(stream) == whole["text"] != first
+    left = llm.stream("hello", asked(max_tokens=60))
+    next(left)
+    left.close()
+    assert not llm.has_unfinished()
 
 
 def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny):
@@ -2039,88 +2087,46 @@ def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny)
         engine = LLM(tiny, max_model_len=128, block_size=page)
         want = 0
         for n in {1, page, page + 1, 3 * page - 1, 3 * page, 3 * page + 1}:
-            serve(engine, [n] + [3] * n)
-            serve(engine, [n] + [3] * n)
+            for _ in range(2):
+                serve(engine, [n] + [3] * n)
             want += n // page * page                    # all but the last token, in whole pages
             assert engine.scheduler.cached_tokens == want
         serve(engine, list(range(100)), n=8)
         assert engine.scheduler.cached_tokens == want + 7 * (99 // page * page)
 
 
-def test_ends_seeds_and_samples(tiny, llm):
-    prompt = [1, 2, 3]
-    [free, *others] = serve(llm, prompt, seed=3, max_tokens=None, n=5)[0].outputs
-    ids = free.token_ids
-    assert (len(ids), free.finish_reason, free.stop_reason) == (253, "length", None)
-    assert len({tuple(one.token_ids) for one in others} - {tuple(ids)}) == 4
-    at = next(i for i in range(3, 40) if ids[i] not in ids[:i])
-    [cut] = serve(llm, prompt, seed=3, stop_token_ids=[ids[at], 259])[0].outputs
-    assert (cut.token_ids, cut.finish_reason, cut.stop_reason) == (ids[:at + 1], "stop", ids[at])
-    assert cut.text == llm.tokenizer.decode(ids[:at], skip_special_tokens=True)
-    a, b, c = (tokens_of(serve(LLM(tiny, max_model_len=64, seed=seed), [[1, 2]] * 4)) for seed in (0, 0, 1))
-    assert a == b != c and a[0] != a[1]
-
-
-def test_stop_strings_and_streams(llm):
-    """A stop string is found across tokens, and left out; pieces make the whole, without broken characters."""
-    prompt = "é€😀"
-    for seed in range(6):
-        params = asked(seed=seed, max_tokens=90)
-        free = serve(llm, prompt, params)[0]["text"]
-        pieces = list(llm.stream(prompt, params))
-        assert "".join(pieces) == free and len(pieces) > 20
-        stop = re.findall("[^\ufffd]{2}", free[3:])[0]
-        params.stop = ["never seen", stop]
-        [one] = serve(llm, prompt, params)[0].outputs
-        assert (one.text, one.stop_reason) == (free[:free.index(stop)], stop)
-        assert stop not in llm.tokenizer.decode(one.token_ids[:-1])
-        assert "".join(llm.stream(prompt, params)) == one.text
-    stream = llm.stream("hello", asked(seed=1))
-    first = next(stream)
-    serve(llm, "x", max_tokens=30)                      # takes the steps that end it
-    assert first + "".join(stream) == serve(llm, "hello", seed=1)[0]["text"]
-    left = llm.stream("hello", asked(max_tokens=200))
-    next(left)
-    left.close()
-    assert not llm.has_unfinished()
-
-
-def test_prompts_come_as_text_ids_dicts_or_talks(llm):
-    ids = llm.get_tokenizer().encode("one two")
-    forms = ["one two", ids, {"prompt": "one two"}, {"prompt_token_ids": ids}]
-    outputs = serve(llm, forms, seed=1)
-    for form in forms:
-        outputs += serve(llm, form, [asked(seed=1)])
-    for output in outputs:
-        assert output.prompt_token_ids == ids and output["token_ids"] == outputs[0]["token_ids"]
-    assert [output.prompt for output in outputs[:2]] == ["one two", None]
-
-
 def test_the_template_says_which_token_ends_a_turn(llm):
     talk = [{"role": "user", "content": "2 + 2?"}]
-    [start] = llm.chat(talk, asked(max_tokens=0), chat_template_kwargs={"add_generation_prompt": False})
-    for seed in range(4):
-        params = asked(seed=seed, max_tokens=150, ignore_eos=False)
+    bare = {"add_generation_prompt": False}
+    [start] = llm.chat(talk, asked(max_tokens=0), chat_template_kwargs=bare)
+    for seed in range(8):
+        params = asked(seed=seed, max_tokens=None, ignore_eos=False)
         one, two = llm.chat([talk, talk], params)
-        [free] = serve(llm, one.prompt, params)             # 256 ends it, the configuration's
+        [free] = serve(llm, one.prompt, params)         # 256 ends it, the configuration's
         assert one.prompt.startswith(start.prompt) and one.prompt != start.prompt
         tokens = free["token_ids"]
-        count = tokens.index(258) + 1 if 258 in tokens else len(tokens)
-        assert one["token_ids"] == two["token_ids"] == tokens[:count]
+        if 258 in tokens:
+            tokens = tokens[:tokens.index(258) + 1]
+        assert one["token_ids"] == two["token_ids"] == tokens
     tokenizer = copy.deepcopy(llm.tokenizer)
     for ending, token in (("<|im_end|>\n", 258), ("\n<|endoftext|>", 256), ("\n\n", None)):
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
+        turns = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
+        tokenizer.chat_template = turns
         assert E.end_of_turn(tokenizer) == token
 
 
 def test_mistakes_are_refused_in_words_and_leave_nothing(tiny):
     engine = LLM(tiny, max_model_len=256, num_gpu_blocks_override=8)
-    for prompt, says in (([], "least one"), ([1] * 256, "max_model_len"), ([260], "260"), ([-1], "-1"),
-                         ([1] * 120, "num_gpu_blocks")):
+    for prompt, says in (
+            ([], "least one"),
+            ([1] * 256, "max_model_len"),
+            ([1] * 120, "num_gpu_blocks"),
+            ([260], "260"),
+            ([-1], "-1")):
         with pytest.raises(ValueError, match=says):
             serve(engine, [[1, 2], prompt])
         assert not engine.has_unfinished() and not engine.scheduler.waiting
-    for settings in ({"n": 0}, {"temperature": -0.1}, {"temperature": 1e-39}, {"top_p": 0}, {"top_p": 2}):
+    for settings in ({"n": 0}, {"temperature": 1e-39}, {"top_p": 0}, {"top_p": 2}):
         with pytest.raises(ValueError, match="top_p"):
             asked(**settings)
     with pytest.raises(ValueError, match="3 prompts and 2"):
@@ -2129,157 +2135,112 @@ def test_mistakes_are_refused_in_words_and_leave_nothing(tiny):
         LLM(tiny, tensor_parallel_size=2, exact=True)
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_new_weights_reach_every_later_token_and_no_stale_page_survives(tiny, overlap):
-    settings = dict(max_model_len=128, max_num_seqs=4, block_size=4, async_scheduling=overlap)
-    engine, updated = LLM(tiny, **settings), LLM(tiny, **settings)
-    weights = {name: tensor.flip(0).numpy() for name, tensor in engine.model.hf_tensors()}
-    updated.update_weights(weights.items())
-    prompts = some_prompts(6, 7, 50)
-    old, new = (tokens_of(serve(x, prompts, seed=2)) for x in (engine, updated))
-    assert updated.weight_version == 1 and old != new
-    pointers = [p.data_ptr() for p in engine.model.parameters()]
-    ids = [engine.add_request(prompt, asked(seed=2)) for prompt in prompts]
-    outputs = step_through(engine, 9)
-    engine.update_weights(weights, version=7)
-    outputs |= step_through(engine)
-    assert pointers == [p.data_ptr() for p in engine.model.parameters()]
-    crossed = 0
-    for i in ids:
-        count = outputs[i]["versions"].count(0)
-        assert outputs[i]["versions"] == [0] * count + [7] * (20 - count)
-        crossed += 0 < count < 20
-        ours, theirs = trainers_logprobs(updated.model, [outputs[i]], 1.0)
-        assert np.allclose(ours[count:], theirs[count:], atol=2e-5)     # as if its old tokens had been a prompt
-    assert crossed > 2
-    assert tokens_of(serve(engine, prompts, seed=2)) == new, "a page of the old weights was found"
-
-
-def next_token(keys):
-    return hash(tuple(keys)) % 40
-
-
-class Pretender:
-    """Stands in for the model and its runner. A slot of its cache holds what all tokens up to it make of it, like keys
-    and values, and the next token depends on all that is read: a stale, shared or lost page is seen at once."""
-
-    def __init__(self, engine):
-        self.config = engine.model.config
-        self.scheduler = engine.scheduler
-        self.version = 0
-        self.cells = {}
-        self.latest = {}
-
-    def load_hf(self, weights):
-        self.version += 1
-
-    def launch(self, rows):
-        size = self.scheduler.blocks.size
-        reads = []
-        for row in rows:
-            seat = row.request.seat
-            text = [*row.request.tokens, self.latest.get(seat)]
-            table = self.scheduler.table[seat]
-            slots = [(table[at // size], at % size) for at in range(row.start + row.count)]
-            for at in range(row.start, len(slots)):
-                self.cells[slots[at]] = hash((self.version, *text[:at + 1]))
-            reads.append(slots)
-        tokens = [next_token(self.cells[slot] for slot in slots) for slots in reads]
-        self.latest |= {row.request.seat: token for row, token in zip(rows, tokens)}
-        return torch.tensor(tokens), torch.zeros(len(rows)), None
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_pages_and_tokens_add_up_in_thousands_of_random_steps(tiny, seed):
-    """Arrivals, aborts, preemptions and new weights over a pretended device."""
+@pytest.mark.parametrize("seed", range(4))
+def test_pages_and_logprobs_add_up_in_thousands_of_random_steps(tiny, seed):
+    """Arrivals, aborts, preemptions, new weights. The logprob of every token is the one that the weights of its version
+    give it behind all tokens before: a stale, shared or lost page would be seen."""
     rng = random.Random(seed)
-    size = rng.choice([1, 2, 4, 8])
-    engine = LLM(tiny, max_model_len=64, max_num_seqs=rng.randint(4, 9), block_size=size,
-                 num_gpu_blocks_override=rng.randint(64, 100) // size, async_scheduling=seed % 2 == 0,
-                 max_num_batched_tokens=[1, 5, 16, 40, 64, 100][seed])
-    engine.model = engine.runner = Pretender(engine)
-    stems = some_prompts(seed, 4, 40, 3)
-    settings = {}
-    aborted = set()
+    model = P.Qwen3.from_pretrained(tiny)
+    old = {name: x.clone() for name, x in model.hf_tensors()}
+    new = {name: x.flip(0).numpy() for name, x in old.items()}
+    page = [1, 2, 4, 8][seed]
+    engine = LLM(
+        tiny, max_model_len=64, max_num_seqs=rng.randint(4, 9), block_size=page,
+        num_gpu_blocks_override=rng.randint(64, 90) // page,
+        max_num_batched_tokens=[100, 1, 40, 9][seed], async_scheduling=page > 2)
+    addresses = [x.data_ptr() for x in engine.model.parameters()]
+    stems = some_prompts(rng, 4, 40)
+    heats = [0.6] if seed % 2 else [0, 1]               # logprobs of greedy tokens are those at 1
+    limits = {}
     outputs = {}
-    for _ in range(1500):
-        if rng.random() < 0.4 and len(engine.requests) < 20:
-            prompt = rng.choice(stems)[:rng.randint(1, 40)] + rng.choices(range(3), k=rng.randint(0, 5))
-            params = asked(n=rng.choice([1, 1, 1, 4]), max_tokens=rng.randint(0, 18), stop_token_ids=rng.randrange(40))
-            settings[engine.add_request(prompt, params)] = params
-        if rng.random() < 0.02 and engine.requests:
+    aborted = set()
+    step = 0
+    while step < 500 or engine.has_unfinished():
+        step += 1
+        if step < 500 and len(engine.requests) < 20 and rng.random() < 0.4:
+            stem = rng.choice(stems)[:rng.randint(1, 40)]
+            prompt = stem + rng.choices(range(3), k=rng.randint(0, 5))
+            limit = rng.randint(1, 18)
+            params = asked(n=rng.choice([1, 1, 4]), max_tokens=limit, temperature=rng.choice(heats))
+            limits[engine.add_request(prompt, params)] = limit
+        if engine.requests and rng.random() < 0.02:
             name = rng.choice(list(engine.requests))
             aborted.add(name)
             engine.abort(name)
-        if rng.random() < 0.01:
-            engine.update_weights({})
-        outputs |= step_through(engine, 1)
-    outputs |= step_through(engine)
-    assert outputs.keys() == settings.keys() and len(settings) > 40
-    assert engine.scheduler.cached_tokens > 100 and (engine.scheduler.preemptions > 10 or seed == 0)
-    for name, params in settings.items():
-        for one in outputs[name].outputs:
-            text = list(outputs[name].prompt_token_ids)
-            for token, version in zip(one.token_ids, one.versions):
-                assert token == next_token(hash((version, *text[:at + 1])) for at in range(len(text)))
-                text.append(token)
-            stopped = [token in params.stop_token_ids for token in one.token_ids]
-            reasons = {"stop": any(stopped[-1:]), "length": len(stopped) == params.max_tokens, "abort": name in aborted}
-            assert reasons[one.finish_reason] and not any(stopped[:-1])
+        if rng.random() < 0.02:
+            if engine.weight_version:
+                engine.update_weights(old.items(), version=0)
+            else:
+                engine.update_weights(new)
+        for output in engine.step():
+            outputs[output.request_id] = output
+        pages_add_up(engine.scheduler)
+    assert addresses == [x.data_ptr() for x in engine.model.parameters()]       # graphs stay valid
+    assert engine.scheduler.cached_tokens > 100
+    assert engine.scheduler.preemptions > 5
+    assert outputs.keys() == limits.keys()
+    versions = []
+    for name, output in outputs.items():
+        for one in output.outputs:
+            assert len(one.token_ids) == limits[name] or name in aborted
+            versions += one.versions
+    for version, weights in enumerate([old, new]):
+        model.load_hf(weights)
+        ours, theirs = trainers_logprobs(model, outputs.values(), max(heats))
+        mine = np.array(versions) == version
+        assert np.allclose(ours[mine], theirs[mine], atol=2e-5)
+        assert mine.sum() > 100
 
 
-WITH_KERNELS = """
-import json, sys, torch
-torch.set_num_threads(1)
-from engine import LLM, SamplingParams
-llm = LLM(sys.argv[1], max_model_len=64, block_size=8, max_num_batched_tokens=16, exact=sys.argv[2] == "1")
-params = [SamplingParams(temperature=t, top_k=k, seed=3, max_tokens=4, ignore_eos=True)
-          for t, k in ((0, -1), (1, -1), (0.7, 5))]
-outputs = llm.generate([[1, 2, 3], list(range(20)), [7] * 9], params, use_tqdm=False)
-print(json.dumps([[one[name] for one in outputs] for name in ("token_ids", "logprobs")]))
-"""
-
-
-def python_says(*words, code=0, **environment):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, *words], cwd=HERE, env=environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
-    return done.stderr if code else done.stdout
+def served(folder, count, **settings):
+    """Tokens and logprobs of so many prompts, as many tokens each, in a small engine."""
+    engine = LLM(
+        folder, max_model_len=64, block_size=4, num_gpu_blocks_override=20,
+        max_num_batched_tokens=2 * count, **settings)
+    prompts = some_prompts(random.Random(21), count, 3 * count)
+    outputs = serve(engine, prompts, seed=3, max_tokens=count, top_k=50)
+    return tokens_of(outputs), [output["logprobs"] for output in outputs]
 
 
 def test_the_kernels_give_what_their_references_give(tiny):
     """The whole engine on interpreted Triton: shapes, strides and integer types are what the kernels want."""
-    want, want_logprobs = json.loads(python_says("-c", WITH_KERNELS, tiny, "0", TRITON_INTERPRET="0"))
-    for exact in "01":
-        tokens, logprobs = json.loads(python_says("-c", WITH_KERNELS, tiny, exact, TRITON_INTERPRET="1"))
-        assert tokens == want and np.allclose(logprobs, want_logprobs, atol=1e-4)
+    code = f"""import json, {Path(__file__).stem} as tests
+print(json.dumps([tests.served({tiny!r}, 4, exact=exact) for exact in (False, True)]))"""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    want, logprobs = served(tiny, 4)
+    for tokens, found in json.loads(done.stdout):
+        assert tokens == want
+        assert np.allclose(sum(found, []), sum(logprobs, []), atol=1e-4)
 
 
-def test_engine_demo_runs_and_the_terminal_answers(tiny, llm):
-    assert "the same tokens" in python_says("engine.py")
-    assert "--temperature" in python_says("engine.py", "--tempreature", "0", code=2)
-    answer = python_says("engine.py", *"--temperature 0 --max_tokens 20 --model".split(), tiny, "2 + 2?")
-    [want] = llm.chat([{"role": "user", "content": "2 + 2?"}], SamplingParams(temperature=0, max_tokens=20))
-    assert answer.strip() == want["text"].strip()
+def test_the_demo_runs_and_the_terminal_answers(tiny, llm, monkeypatch, capsys):
+    def says(*words):
+        monkeypatch.setattr(sys, "argv", ["engine.py", *words])
+        runpy.run_path(E.__file__, run_name="__main__")
+        return capsys.readouterr().out.strip()
 
-
-def generate_split(folder, tp):
-    engine = LLM(folder, tensor_parallel_size=tp, dtype="float64", max_model_len=128, max_num_seqs=5, device="cpu",
-                 num_gpu_blocks_override=30, block_size=4, max_num_batched_tokens=32, async_scheduling=True)
-    params = [asked(seed=i, n=1 + i % 2, max_tokens=5 + i) for i in range(12)]
-    outputs = serve(engine, some_prompts(21, 12, 40), params)
-    assert engine.scheduler.preemptions
-    return tokens_of(outputs), [x for output in outputs for one in output.outputs for x in one.logprobs]
+    assert "the same tokens" in says()
+    params = SamplingParams(temperature=0, max_tokens=20)
+    [want] = llm.chat([{"role": "user", "content": "2 + 2?"}], params)
+    assert says(*"--temperature 0 --max_tokens 20 --model".split(), tiny, "2 + 2?") == want["text"].strip()
+    with pytest.raises(SystemExit, match="2"):
+        says("--model", "nowhere", "2 + 2?")
 
 
 def test_two_ranks_generate_as_one(tiny):
-    [(want, logprobs)] = on_ranks(1, generate_split, tiny, 1)
-    for tokens, found in on_ranks(2, generate_split, tiny, 2):
-        assert tokens == want and np.allclose(found, logprobs, atol=1e-6)
+    settings = {"dtype": "float64", "device": "cpu", "async_scheduling": True, "max_num_seqs": 5}
+    want, logprobs = served(tiny, 12, **settings)
+    two = partial(served, tiny, 12, tensor_parallel_size=2, **settings)
+    for tokens, found in on_ranks(2, two):
+        assert tokens == want
+        assert np.allclose(sum(found, []), sum(logprobs, []), atol=1e-6)
 
 
-SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536, head_dim=64,
-               num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+SMOLLM2 = dict(
+    model_type="llama", vocab_size=49_152, hidden_size=576, intermediate_size=1536,
+    num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64)
 
 
 @gpu
@@ -2287,31 +2248,43 @@ SMOLLM2 = dict(model_type="llama", vocab_size=49_152, hidden_size=576, intermedi
 def test_every_logprob_is_the_trainers_bit_for_bit(tmp_path, shapes):
     """With graphs, chunks, shared prefixes, siblings, preemption and new weights, whatever the trainer packs."""
     folder = P.tiny_model(tmp_path, **shapes)
-    engine = LLM(str(folder), max_model_len=2048, max_num_batched_tokens=2048,
-                 num_gpu_blocks_override=1500, exact=True)
+    engine = LLM(
+        str(folder), max_model_len=2048, max_num_batched_tokens=2048,
+        num_gpu_blocks_override=1500, exact=True)
     rng = random.Random(0)
     stem = rng.choices(range(256), k=120)
     for count, longest, most in ((100, 400, 300), (100, 400, 300), (6, 100, 1300)):
         for temperature in (1.0, 0.6):
-            prompts = some_prompts(rng.random(), count, longest)
+            prompts = some_prompts(rng, count, longest)
             prompts = [stem[:rng.randint(50, 120)] + prompt for prompt in prompts]
-            params = [asked(temperature=temperature, max_tokens=rng.randint(64, most)) for _ in prompts]
+            limits = [rng.randint(64, most) for _ in prompts]
+            params = [asked(temperature=temperature, max_tokens=limit) for limit in limits]
             params[3].n = 8
             outputs = serve(engine, prompts, params)
-            ours, theirs = trainers_logprobs(engine.model, outputs, temperature, rng.choice([1, 7, 30]))
+            pack = rng.choice([1, 7, 30])
+            ours, theirs = trainers_logprobs(engine.model, outputs, temperature, pack)
             assert (ours == theirs).all(), f"{(ours != theirs).sum()} of {len(ours)} differ"
         engine.update_weights({x: w * 1.25 for x, w in engine.model.hf_tensors()})
-    assert engine.scheduler.preemptions > 0 and engine.runner.graphs
+    assert engine.scheduler.preemptions > 0
+    assert engine.runner.graphs
 
 
 @gpu
 def test_greedy_outputs_do_not_depend_on_batch_size_graphs_or_overlap(tmp_path):
     folder = str(P.tiny_model(tmp_path, **SMOLLM2))
-    found = []
-    for others in ({}, {"max_num_seqs": 1}, {"max_num_seqs": 19}, {"enforce_eager": True}, {"async_scheduling": False}):
-        engine = LLM(folder, max_model_len=256, exact=True, num_gpu_blocks_override=2000, **others)
-        found.append(tokens_of(serve(engine, some_prompts(5, 70, 100), temperature=0, max_tokens=40)))
-        assert found[-1] == found[0], others
+    prompts = some_prompts(random.Random(5), 70, 100)
+    want = None
+    for others in (
+            {},
+            {"max_num_seqs": 1},
+            {"max_num_seqs": 19},
+            {"enforce_eager": True},
+            {"async_scheduling": False}):
+        engine = LLM(
+            folder, max_model_len=256, exact=True, num_gpu_blocks_override=2000, **others)
+        found = tokens_of(serve(engine, prompts, temperature=0, max_tokens=40))
+        want = want or found
+        assert found == want, others
 
 
 # --- sft.py ----------------------------------------------------------------------------------------------------------
@@ -2597,36 +2570,57 @@ def ev_boxed(answer):
 
 
 @pytest.fixture
-def ev_actors():
+def ev_graders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     small_ray.shutdown()
-    yield
+    yield ev.Graders(2, deadline=60)
     small_ray.shutdown()
 
 
-def test_grades_are_those_of_a_person(ev_actors):
+@pytest.fixture
+def ev_main(ev_graders, one_thread, monkeypatch, capsys):
+    """The command line: its exit code, and what it prints."""
+    def main(words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
+        code = 0
+        try:
+            ev.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+    return main
+
+
+def test_grades_are_those_of_a_person_and_easy_ones_200_a_second(ev_graders):
     rows = [re.split("  +", line) for line in EV_GRADES.strip().splitlines()]
-    rows += [("0", "\\boxed{" * 50_000, "5"), ("0", "5+" * 50_000 + "5", "5"), ("0", "9" * 500, "9" * 499)]
-    grades = ev.Graders(2, deadline=60).grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
+    for long in ("\\boxed{" * 50_000, "5+" * 50_000 + "5", "9" * 500):
+        rows.append(["0", long, "9" * 499])
+    grades = ev_graders.grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
     for (score, answer, gold), grade in zip(rows, grades):
-        assert grade.score == float(score) and grade.verdict != "timeout", (answer[:60], gold, grade)
-    assert ev.boxes("\\boxed{1} or \\boxed{\\boxed{a{b}}} \\boxed{") == ["1", "a{b}"]
+        assert grade.score == float(score), (answer[:60], gold, grade)
+        assert grade.verdict in ("right", "wrong", "unparsed")
+    easy = [("\\boxed{5}", i) for i in range(900)] + [("\\boxed{y+x}", "x+y")] * 100
+    start = time.perf_counter()
+    assert sum(grade.score for grade in ev_graders.grade(easy)) == 101
+    assert time.perf_counter() - start < 5
     assert ev.grade("\\boxed{2x}", "x+x") == 1
-    small_ray.shutdown()
-    assert ev.grade("\\boxed{2x}", "x+x") == 1          # it outlives a restart of the actors
 
 
 @pytest.mark.skipif(not EV_DATA.is_dir(), reason="../shared/data with MATH-500 and GSM8K is not there")
-def test_gold_answers_are_right_for_themselves_and_for_no_other(ev_actors):
-    graders = ev.Graders(2, deadline=60)
-    for name, count in (("math500", 500), ("gsm8k_test", 1319)):
-        golds = [problem["answer"] for problem in ev.load_problems(str(EV_DATA / f"{name}.jsonl"))]
-        grades = graders.grade(list(zip(map(ev_boxed, golds), golds)))
-        assert sum(grade.score for grade in grades) == count
-    golds = sorted(set(golds))                          # whole numbers: others are wrong
-    assert not any(grade.score for grade in graders.grade(list(zip(map(ev_boxed, golds), golds[1:]))))
+def test_gold_answers_are_right_for_themselves_and_for_no_other(ev_graders):
+    def right(answers, golds):
+        pairs = zip(map(ev_boxed, answers), golds)
+        return sum(grade.score for grade in ev_graders.grade([*pairs]))
+
+    for name, respelled, equal in (("math500", 490, 4), ("gsm8k_test", 1300, 0)):
+        golds = [problem["answer"] for problem in ev.load_problems(f"{EV_DATA}/{name}.jsonl")]
+        assert right(golds, golds) == len(golds)
+        assert right([gold + "\\;" for gold in golds], golds) > respelled   # these go through math-verify
+        distinct = sorted(set(golds))
+        assert right(distinct, distinct[1:]) <= equal                       # 36 is 36^\circ
 
 
-def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_actors, monkeypatch, tmp_path):
+def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_graders, monkeypatch, tmp_path):
     class Troubled(ev.Grader):
         def equal(self, answers, gold):
             word = answers[0]
@@ -2635,54 +2629,47 @@ def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_actors, monkeypatch
                 os.kill(os.getpid(), signal.SIGKILL)
             if word == "memory":
                 bytearray(4 << 30)
-            while word == "hang":
-                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())        # only a kill ends it
+            while word == "hang":                       # and only a kill ends it
+                signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             return super().equal(answers, gold)
 
     monkeypatch.setattr(ev, "Grader", Troubled)
-    expected = {"ab": "right", "hang": "timeout", "die": "crashed", "memory": "crashed"}   # ab: by somebody else, once
+    # The first of all dies of something else, and is asked again.
+    expected = {"ab": "right", "hang": "timeout", "die": "crashed", "memory": "crashed"}
     rows = []
     for word in expected:
-        rows += [(ev_boxed(f"\\sqrt{{{i * i}}}"), str(i)) for i in range(9)]
+        rows += [(f"\\boxed{{\\sqrt{{{i * i}}}}}", i) for i in range(9)]
         rows.append((ev_boxed(word), "ba"))
     rows.append((ev_boxed("9^{9^{9^{9}}}"), "x^2+1"))   # sympy hangs by itself, too
-    *grades, last = ev.Graders(2, deadline=5).grade(rows)
+    ev_graders.deadline = 3
+    *grades, last = ev_graders.grade(rows)
     assert last.score == 0
     for grade in grades:
         assert grade.verdict == expected.get(grade.answer, "right"), grade
 
 
-def test_200_easy_answers_are_graded_a_second(ev_actors):
-    rows = [(ev_boxed(str(i)), str(i + i % 2)) for i in range(900)] + [(ev_boxed("y+x"), "x+y")] * 100
-    pool = ev.Graders(2)
-    pool.grade(rows[-20:])
-    start = time.perf_counter()
-    assert sum(grade.score for grade in pool.grade(rows)) == 550
-    assert time.perf_counter() - start < 5
-
-
 def test_rows_of_every_shape_are_problems(tmp_path, monkeypatch):
-    rows = [{"problem": "p", "solution": "\\boxed{7}", "answer": "5"},                                  # MATH-500
-            {"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"},                           # MATH
-            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"},                                      # GSM8K
-            {"question": "p", "final_answer": "5", "r1_solution_1": "\\boxed{7}"},                      # DeepMath
-            {"prompt": "p", "answer": 5}]
-    path = tmp_path / "rows.jsonl"
-    for row in rows:
-        table = al.Table.from_pylist([row])
-        table.to_jsonl(path)
-        al.write(table, tmp_path / "rows.arrow")
-        pytest.importorskip("polars").DataFrame([row]).write_parquet(tmp_path / "rows.parquet")
-        assert ev.load_problems(str(tmp_path)) == [{"problem": "p", "answer": "5"}] * 3     # the folder
-    path.write_text('\ufeff{"problem": "p", "answer": 5, "x": [1]}\n\n{"prompt": "q", "x": {}}')    # of several kinds
+    rows = [{"problem": "p", "solution": "\\boxed{7}", "answer": "5"},          # MATH-500
+            {"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"},   # MATH
+            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"},              # GSM8K
+            {"question": "p", "final_answer": "5", "x": "\\boxed{7}"}]          # DeepMath
+    table = al.Table.from_pylist(rows)
+    table.to_jsonl(tmp_path / "rows.jsonl")
+    al.write(table, tmp_path / "rows.arrow")
+    pytest.importorskip("polars").DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
+    assert ev.load_problems(str(tmp_path)) == [{"problem": "p", "answer": "5"}] * 12        # the folder
+    path = tmp_path / "mixed.jsonl"
+    path.write_text('\ufeff{"problem": "p", "answer": 5, "x": [1]}\n\n{"prompt": "q", "x": {}}')
     assert [row["columns"]["x"] for row in ev.load_problems(str(path), columns=True)] == [[1], {}]
-    for line, what in (('{"problem": "p"}', "answer"), ('{"prompt": [5], "answer": 5}', "problem"), ("{", "JSON")):
+    for what, line in (
+            ("answer", '{"problem": "p"}'), ("problem", '{"prompt": [5], "answer": 5}'), ("JSON", "{")):
         path.write_text(f'{{"problem": "p", "answer": "1"}}\n\n{line}\n')
-        with pytest.raises(ValueError, match=f"rows.jsonl, line 3: no.* {what}"):
+        with pytest.raises(ValueError, match=f"mixed.jsonl, line 3: no.* {what}"):
             ev.load_problems(str(path))
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda *where, **more: asked.append(where) or rows)
-    assert len(ev.load_problems("math500") + ev.load_problems("gsm8k") + ev.load_problems("org/set")) == 15
+    for name in ("math500", "gsm8k", "org/set"):
+        assert len(ev.load_problems(name)) == 4
     assert asked == [("HuggingFaceH4/MATH-500",), ("openai/gsm8k", "main"), ("org/set",)]
 
 
@@ -2691,11 +2678,13 @@ def test_sums_are_right_and_held_out_ones_are_never_in_a_training_set():
     test = ev.arithmetic(500, seed=2, held_out=True)
     assert not {row["problem"] for row in train} & {row["problem"] for row in test}
     for row in train + test:
-        assert sum(map(int, row["problem"][:-2].split("+"))) == int(row["answer"]) == int(ev.extract(row["solution"]))
+        total = eval(row["problem"].removesuffix("=?"))
+        assert row["answer"] == ev.extract(row["solution"]) == str(total)
+        assert all(map(eval, row["solution"].replace("=", "==").split(", ")[:2]))
 
 
 # What the real chat templates make of our messages.
-EV_THINK = "<think>\n\n</think>\n\n"
+EV_CALM = "<think>\n\n</think>\n\n"
 EV_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
 EV_QWEN3 = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{
 '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{
@@ -2706,96 +2695,104 @@ for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\
 if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-@pytest.mark.parametrize("template, before, after", [(EV_QWEN3, "", EV_THINK), (EV_SMOLLM2, EV_SYSTEM, "")])
-def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(template, before, after, tmp_path):
-    P.tiny_model(tmp_path, hidden_size=32, num_hidden_layers=1, eos_token_id=256)      # its config: the end of text
-    (tmp_path / "chat_template.jinja").write_text(template)
-    generator = ev.Generator(str(tmp_path))
-    [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], generator.llm.tokenizer)
-    question = f"<|im_start|>user\n1+1=?\n{ev.INSTRUCTION}<|im_end|>\n"
-    assert text == f"{before}{question}<|im_start|>assistant\n{after}"
-    assert generator.llm.tokenizer.decode(prompt) == text and prompt.count(258) == text.count("<|im_end|>")
-    [samples] = generator.generate([prompt], {"n": 100, "max_tokens": 50, "seed": 0})
-    for sample in samples:
-        *middle, last = sample["token_ids"].tolist()
-        assert not {256, 258} & {*middle} and "im_end" not in sample["text"]
-        assert (sample["finish_reason"] == "stop") == (last in (256, 258))
-    assert any(sample["token_ids"][-1] == 258 for sample in samples)
-    weights = generator.llm.model.hf_tensors()
-    tensors = {name: ((-x).contiguous().flatten().view(torch.uint8).numpy(), x.dtype, x.shape) for name, x in weights}
-    [[new], _] = generator.generate([prompt, [5]], [{"seed": 0}, {"n": 3}], {"version": 7, "tensors": tensors})
-    assert {*new["versions"]} == {7} and abs(new["logprobs"][0] - samples[0]["logprobs"][0]) > 1e-4
+def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(tmp_path):
+    ends = {256, 258}                                   # of a text, and of a turn
+    for template, before, after in ((EV_QWEN3, "", EV_CALM), (EV_SMOLLM2, EV_SYSTEM, "")):
+        P.tiny_model(tmp_path, hidden_size=32, num_hidden_layers=1, eos_token_id=256)
+        (tmp_path / "chat_template.jinja").write_text(template)
+        generator = ev.Generator(str(tmp_path))
+        tokenizer = generator.llm.tokenizer
+        [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], tokenizer)
+        question = f"<|im_start|>user\n1+1=?\n{ev.INSTRUCTION}<|im_end|>\n"
+        assert text == f"{before}{question}<|im_start|>assistant\n{after}"
+        assert text == tokenizer.decode(prompt)
+        params = {"n": 100, "max_tokens": 50, "seed": 0}
+        [samples] = generator.generate([prompt], params)
+        last = set()
+        for sample in samples:
+            *middle, end = sample["token_ids"].tolist()
+            assert not ends.intersection(middle)
+            assert (sample["finish_reason"] == "stop") == (end in ends)
+            last.add(end)
+        assert ends < last
+
+
+EV_SAMPLES = """
+[1, "right", "1", "stop"]
+[0, "wrong", "3", "length"]
+[0, "wrong", "4", "stop"]
+[1, "right", "0.5", "stop"]
+[0, "unparsed", null, "stop"]
+[0, "wrong", "3", "stop"]
+[0, "unparsed", null, "length"]
+[0, "unparsed", null, "length"]
+[1, "right", "1", "stop"]
+[0, "wrong", "3", "stop"]
+[0, "wrong", "3.", "stop"]
+[1, "right", "5", "stop"]
+"""
 
 
 def test_scores_are_what_their_names_say():
     rows = []
-    for line in ("1 right 1 stop", "0 wrong 3 length", "0 wrong 4 stop", "1 right 0.5 stop",            # problem 0
-                 "0 unparsed - stop", "0 wrong 3 stop", "0 unparsed - length", "0 unparsed - length",   # 1
-                 "1 right 1 stop", "0 wrong 3 stop", "0 wrong 3. stop", "1 right 5 stop"):              # 2
-        score, verdict, answer, end = line.split()
-        rows.append({"number": len(rows) // 4, "score": float(score), "verdict": verdict, "finish_reason": end,
-                     "answer": None if answer == "-" else answer, "tokens": 10})
+    for i, line in enumerate(EV_SAMPLES.strip().splitlines()):      # four of each problem
+        row = zip(("score", "verdict", "answer", "finish_reason"), json.loads(line))
+        rows.append(dict(row, number=i // 4, tokens=10 * i))
     found = ev.summarize(rows[::-1])
-    assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(
-        {"pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3, "maj@4": 1 / 2, "truncated": 1 / 4,
-         "unparsed": 1 / 12, "tokens": 10})
+    means = {"pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3, "maj@4": 1 / 2,
+             "truncated": 1 / 4, "unparsed": 1 / 12, "tokens": 55}
+    assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(means)
     assert found["pass@1"][1] == pytest.approx(np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
     better = [row | {"score": max(row["score"], row["number"] // 2)} for row in rows]
-    assert ev.compare(rows, better)["pass@1"] == pytest.approx((1 / 6, np.std([0, 0, 0.5], ddof=1) / 3**0.5))
+    mean, error = ev.compare(rows, better)["pass@1"]
+    assert "33.3 ± 16.7" in ev.report({"a": rows, "b": better})
+    assert mean == pytest.approx(1 / 6)
+    assert error == pytest.approx(np.std([0, 0, 0.5], ddof=1) / 3**0.5)
 
 
-def test_models_are_evaluated_side_by_side_and_what_is_there_is_kept(ev_actors, tmp_path, monkeypatch, capsys):
-    def main(words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
-        code = 0
-        try:
-            ev.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+EV_MISTAKES = """
+--out new --n 0 --data sums.jsonl --model a         n = 0
+--out new --data nowhere.jsonl                      nowhere
+--out new --data sums.jsonl --model nowhere         nowhere
+--temprature 0                                      --temperature
+--limit x                                           limit
+{}                                                  --resume
+{} --resume --limit 2                               a.arrow
+{} --resume --limit 2 --n 5                         a.arrow
+{} --resume --temperature 1                         a.arrow
+{} --resume --data others.jsonl                     a.arrow
+show nowhere.arrow                                  nowhere
+arithmetic --out sums.jsonl                         sums.jsonl
+"""
 
-    monkeypatch.chdir(tmp_path)
-    for i in range(2):
-        P.tiny_model(f"m/{i}", seed=i, hidden_size=32, num_hidden_layers=1)
-    assert main("arithmetic --n 5 --held-out --out sums.jsonl")[0] == 0
-    command = "--data sums.jsonl --n 2 --max_tokens 8 --out out --model m/0"
-    assert main(command)[0] == 0
-    before = Path("out/m_0.arrow").stat().st_mtime_ns
-    code, out, _ = main(f"{command} m/1 --resume")
-    assert code == 0 and "m/0: the samples in out/m_0.arrow are kept" in out and "m/1 - m/0" in out
-    assert Path("out/m_0.arrow").stat().st_mtime_ns == before
-    samples = al.read("out/m_1.arrow").to_pylist()
-    problems = ev.load_problems("sums.jsonl")
-    assert [row["problem"] for row in samples[::2]] == [problem["problem"] for problem in problems]
-    scores = json.loads(Path("out/scores.json").read_text())
-    assert scores["m/1"]["pass@1"] == list(ev.summarize(samples)["pass@1"])
-    shown = main("show out/m_1.arrow --verdict unparsed")[1].count("gold: ")
-    assert shown == [row["verdict"] for row in samples].count("unparsed")
+
+def test_models_are_evaluated_side_by_side_and_samples_that_fit_are_kept(ev_main):
+    for model in "ab":
+        P.tiny_model(model, hidden_size=32, num_hidden_layers=1)        # the same weights
+    assert ev_main("arithmetic --n 5 --held-out --out sums.jsonl")[0] == 0
+    assert ev_main("arithmetic --n 5 --seed 1 --out others.jsonl")[0] == 0
+    command = "--data sums.jsonl --n 2 --max_tokens 8 --out out --model a"
+    assert ev_main(command)[0] == 0
     small_ray.shutdown()
-    small_ray.init(num_cpus=2, num_gpus=2)                                 # two engines
-    again, _ = ev.evaluate("m/1", problems, n=2, max_tokens=8)
-    assert again["text"].to_pylist() == [row["text"] for row in samples]
-    mistakes = f"""--out new --n 0 --data sums.jsonl --model m/0; n = 0
-        --out new --data nowhere.jsonl; nowhere
-        --out new --data sums.jsonl --model nowhere; nowhere
-        --temprature 0; --temperature
-        --limit x; limit
-        {command}; --resume
-        {command} --resume --limit 2; m_0.arrow
-        show nowhere.arrow; nowhere
-        arithmetic --out sums.jsonl; sums.jsonl"""
-    for line in mistakes.splitlines():
-        words, noun = line.split("; ")
-        code, _, err = main(words)
+    small_ray.init(num_cpus=2, num_gpus=2)                              # two engines
+    code, out, _ = ev_main(f"{command} b --resume")
+    assert code == 0 and "a: the samples in out/a.arrow are kept" in out and "b - a" in out
+    alone, shared = (al.read(f"out/{model}.arrow").to_pylist() for model in "ab")
+    assert alone == [row | {"model": "a"} for row in shared]
+    scores = json.loads(Path("out/scores.json").read_text())
+    assert scores["b"]["pass@1"] == list(ev.summarize(shared)["pass@1"])
+    shown = ev_main("show out/b.arrow --verdict unparsed")[1].count("gold: ")
+    assert shown == [row["verdict"] for row in shared].count("unparsed")
+    for line in EV_MISTAKES.strip().splitlines():
+        words, noun = re.split("  +", line)
+        code, _, err = ev_main(words.format(command))
         assert code == 2 and noun in err and err.count("\n") == 1, (words, err)
     assert not Path("new").exists()
-    assert re.search(r"0 is greedy\W+default: 0.6", main("--help")[1])
 
 
-def test_demo_of_evaluate():
-    done = subprocess.run([sys.executable, HERE / "evaluate.py"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"right: .*gold.*\s+wrong: .*gold", done.stdout)
+def test_demo_of_evaluate_shows_a_right_and_a_wrong_sample(ev_main):
+    code, out, _ = ev_main("")
+    assert code == 0 and re.search(r"(?s)pass@1.*right: .*gold.*wrong: .*gold", out)
 
 
 # --- ppo.py ----------------------------------------------------------------------------------------------------------
