@@ -566,8 +566,7 @@ class Run:
         """What can be known to be wrong with the settings is an error before anything is written or started."""
         self.c = c
         self.mesh = parallel.init(pp=c.pp, tp=c.tp, device=c.device)
-        if self.mesh.device.type == "cpu":
-            torch.set_num_threads(1)                        # processes share the cores
+        torch.set_num_threads(1)                            # processes share the cores
         check(c)
         problems = held_out = []
         if self.mesh.rank == 0:
