@@ -4,23 +4,22 @@
     (your      |           |    (a task)   the life of a task is a coroutine: wait for arguments, for resources, call
     program)   +--- hub ---+---- worker    a worker, try again. The driver and the workers hold a socket to it.
          |                 |    (an actor)
-         +---- memory files ----+          The operating system keeps the books. A message is one packet: whole or not
-    there. A value over 64 kB is a memory file, written once: its descriptor travels with the message about it, readers
-    map it, and it has no name. A process that dies is an end of file on its socket. Workers are fresh, no forks.
+         +---- memory files ----+          The operating system keeps the books. A message is part of a packet: whole or
+    not there. A value over 64 kB is a memory file, written once: its descriptor travels with the message about it,
+    readers map it, and it has no name. A process that dies is an end of file. Workers are fresh, no forks.
 
     import actors as ray                            The API is Ray's: init, shutdown, is_initialized, remote, put, get,
     @ray.remote                                     wait, kill, cancel, get_actor, exit_actor, method, nodes,
     def square(x): return x * x                     cluster_resources, available_resources, get_gpu_ids,
-    ray.get([square.remote(i) for i in range(9)])   get_runtime_context, exceptions; util: ActorPool, placement_group,
-                                                    scheduling_strategies; cluster_utils.Cluster.
-    python actors.py                                the demo, and a table of speeds beside Ray's, if it is installed
+    ray.get([square.remote(i) for i in range(9)])   get_runtime_context, exceptions; util: ActorPool, placement_group;
+    python actors.py                                cluster_utils.Cluster. Run it: a demo, and its speed beside Ray's.
 
 What differs from Ray: it is for one machine (for more, write `import ray` in place of `import actors as ray`). What no
 node could ever hold is an error at once. A wrong argument is an error at get(). cancel() of a task that runs ends its
 process. A detached actor ends with its driver. What was lost is not computed again, values never spill to disk; up to
 four memory files of freed ones stay with their maker for its next. Namespaces and the size of the object store are
-ignored. There are no generators, concurrency groups, remote drivers, dashboard. What was got is read-only: to write
-into a tensor that was got is a segfault, so clone it first.
+ignored. There are no generators, concurrency groups, node affinity, remote drivers, dashboard. What was got is
+read-only: to write into a tensor that was got is a segfault, so clone it first.
 """
 import asyncio, atexit, collections, contextlib, contextvars, dataclasses, functools, importlib.util, inspect, io
 import itertools, math, mmap, os, pickle, queue, resource, secrets, signal, socket, struct, subprocess, sys
@@ -36,7 +35,6 @@ INLINE = 64_000             # bytes: larger values get a memory file
 PACKET = 130_000            # bytes: Linux takes packets of 200 kB
 MOST = 64                   # tasks at the same time, of those that ask for no resource at all
 TAG = "ACTORS_WORKER"       # the environment variable by which a worker's descendants are known
-GONE = "the hub is gone; call shutdown() and init() again"
 HERE = os.path.dirname(os.path.abspath(__file__))
 warnings.filterwarnings("ignore", message="The given buffer is not writable")       # torch's, about what is got
 
@@ -128,100 +126,65 @@ def unpack(data):
         position += length
     return pickle.loads(contents[0], buffers=contents[1:])
 
-def copy_bytes(target, source):
-    numpy = sys.modules.get("numpy")
-    if numpy is None or len(source) < 16 << 20:
-        target[:] = source
-        return
-    sides = [numpy.array_split(numpy.frombuffer(side, "u1"), 4) for side in (target, source)]
-    with ThreadPoolExecutor(4) as pool:             # memory is faster than one core
-        list(pool.map(numpy.copyto, *sides))
-
-def free_memory():
-    return int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
-
-# --- packets: pickled messages, and with them the descriptors of the memory files in them -----------------------------
+# --- packets of messages, and with them the descriptors of the memory files that are items of a message ---------------
 
 class Memory(mmap.mmap):
     """A mapped memory file. Views of a value keep it, and it keeps the object's count, as `hold`."""
 
+@dataclasses.dataclass(eq=False)
 class File:
-    """A memory file with a large value in it. Its maker knows it by its key."""
-
-    def __init__(self, fd, size, key):
-        self.fd = fd
-        self.size = size
-        self.key = key
-        weakref.finalize(self, os.close, fd)
-
+    """A memory file with a large value in it."""
+    size: int
+    fd: int = None                  # set by who receives it
     def map(self, **how): return Memory(self.fd, self.size, **how)
+    def __reduce__(self): return File, (self.size,)
+    def __del__(self): os.close(self.fd)
 
-    def __reduce__(self):
-        packet.files.append(self)
-        return receive_file, (self.size, self.key)
-
-class Packet(threading.local):
-    files = None                    # of the message that is being pickled, or unpickled
-
-packet = Packet()
-
-def receive_file(size, key): return File(packet.files.pop(0), size, key)
-
-def pickled(message):
-    outer = packet.files            # the garbage collector may send in the middle of another message
-    files = packet.files = []
-    data = pickle.dumps(message)
-    packet.files = outer
-    return data, files
-
-def send_packet(sock, data, files):
+def send_packet(sock, messages):
+    data = pickle.dumps(messages)
+    files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
     if len(data) > PACKET:                          # it is a memory file itself
-        files = [File(os.memfd_create("actors"), 0, 0), *files]
+        files.insert(0, File(len(data), os.memfd_create("actors")))
         os.write(files[0].fd, data)
         data = b"file"
-    if files:
-        socket.send_fds(sock, [data], [file.fd for file in files])
-    else:
-        sock.send(data)
+    socket.send_fds(sock, [data], [file.fd for file in files])
 
 def receive(sock):
     """The messages of the next packet; there are none when the other end is gone."""
     try:
-        data, packet.files, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
+        data, fds, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
     except ConnectionError:
         return []
     if data == b"file":
-        with open(packet.files.pop(0), "rb") as file:
-            data = os.pread(file.fileno(), 1 << 40, 0)
-    stream = io.BytesIO(data)
-    messages = []
-    while stream.tell() < len(data):
-        messages.append(pickle.load(stream))
+        with open(fds.pop(0), "rb") as file:
+            file.seek(0)
+            data = file.read()
+    messages = pickle.loads(data) if data else []
+    for item in itertools.chain(*messages):
+        if isinstance(item, File):
+            item.fd = fds.pop(0)
     return messages
 
-# --- resources: what a node or a bundle has, and where a task may run -------------------------------------------------
+# --- resources: what a node or a bundle has ---------------------------------------------------------------------------
 
 class Pool:
     """Resources that are taken and given back: those of a node, or of a bundle, which took them from a node. A GPU is
     a resource of its own, too: "GPU:" and its name in CUDA_VISIBLE_DEVICES."""
-
     def __init__(self, total, node=None):
         self.id = secrets.token_hex(28)
         self.total = total
         self.free = dict(total)
         self.node = node or self
-
-    def could_fit(self, demand):
-        return all(self.total.get(name, 0) >= amount for name, amount in demand.items())
+        self.idle = set()           # workers of this node, free for any task
 
     def take(self, demand):
         """What was taken: the demand, and which GPUs. None if it does not fit now."""
         amount = demand.get("GPU", 0)
         share = min(amount, 1)                      # of the fullest that has room for it; or whole ones
         roomy = [name for name in sorted(self.free, key=self.free.get) if "GPU:" in name and self.free[name] >= share]
-        taken = demand | dict.fromkeys(roomy[:math.ceil(amount)], share)
-        if len(roomy) < amount or any(self.free.get(name, 0) < amount for name, amount in demand.items()):
+        if len(roomy) < amount or not covers(self.free, demand):
             return None
+        taken = demand | dict.fromkeys(roomy[:math.ceil(amount)], share)
         self.change(taken, -1)
         return taken
 
@@ -229,21 +192,12 @@ class Pool:
         for name, amount in amounts.items():
             self.free[name] = round(self.free[name] + sign * amount, 4)         # ten times 0.1 is 1
 
+def covers(amounts, demand):
+    return all(amounts.get(name, 0) >= amount for name, amount in demand.items())
+
 def node_total(cpus, gpus, resources):
     total = {"CPU": cpus, "GPU": len(gpus)} | resources | {f"GPU:{name}": 1 for name in gpus}
     return {name: amount for name, amount in total.items() if amount}
-
-def candidates(strategy, nodes, groups):
-    """The pools in which a task may run, best first. None: its placement group waits itself."""
-    match strategy:
-        case ("bundle", group, index):              # -1: any of the group
-            bundles = groups.get(group, [])
-            return bundles if index < 0 or not bundles else bundles[index:index + 1]
-        case ("node", wanted, soft):
-            return sorted((n for n in nodes if soft or n.id == wanted), key=lambda n: n.id != wanted)
-        case "SPREAD":
-            return sorted(nodes, key=lambda n: -n.free.get("CPU", 0))
-    return nodes                                    # fill one after the other
 
 def place_bundles(bundles, strategy, nodes):
     """A pool for every bundle, or None. PACK wants few nodes, SPREAD many; STRICT_ insists on one, or on one each."""
@@ -272,8 +226,8 @@ def give_up(pools):
 
 @dataclasses.dataclass(eq=False)
 class Object:
-    arrived: asyncio.Future         # of (bytes or a File, is it an error?)
-    holds: int = 1                  # refs in processes, tasks that need it, objects that contain it: freed at 0
+    arrived: asyncio.Future = dataclasses.field(default_factory=asyncio.Future)     # of (bytes or a File, is it an error?)
+    holds: int = 0                  # refs in processes, tasks that need it, objects that contain it: freed at 0
     maker: "Peer" = None            # who gets its pages back, for the next value
     inside: list = ()               # ids of the refs that the value contains
 
@@ -283,13 +237,15 @@ class Task:
     id: int
     function: int                   # the object that is the pickled function or class
     method: str                     # of an actor; "__init__" makes the actor; "" is a plain task
-    args: bytes                     # None: they are the value of the first of deps
+    args: bytes                     # or a File
     deps: list                      # refs that are arguments themselves: it runs when they are there
     refs: list                      # all refs in the arguments, at any depth: they live until it has run
     returns: list                   # ids of the objects that it makes
     options: dict
-    actor: object                   # an id, then the Task
-    owner: "Peer"                   # who has submitted it
+    actor: object                   # an id; in the hub, the Task
+    # What follows is the hub's.
+    fields: tuple = ()              # all of the above, as a worker wants them
+    owner: "Peer" = None            # who has submitted it
     retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
     life: object = None             # the coroutine
     worker: "Peer" = None           # where it runs
@@ -299,44 +255,40 @@ class Task:
 
 class Failed(Exception):
     """A try came to nothing. `error` is for who wants the value; `again`: another try may do better."""
-
     def __init__(self, error, again=False):
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
 
 class Peer:
     """A process at the other end of a socket. What is said to it in one round of the hub goes in packets of many."""
+    process = node = tag = None
+    env = {}                        # variables that what it submits inherits
+    single = False                  # runs no further task
+    actor = None
+    grant = None                    # (pool, what was taken from it)
+    blocked = 0                     # how many of its threads wait for values
+    gone = None                     # Failed, when it has died
 
-    def __init__(self, hub, sock, process=None, node=None, tag=None, env=None, single=False):
+    def __init__(self, hub, sock, **known):
+        vars(self).update(known)
         self.sock = sock
-        self.process = process
-        self.node = node
-        self.tag = tag
-        self.env = env or {}        # variables that what it submits inherits
-        self.single = single        # runs no further task
-        self.out = collections.deque()
+        self.out = []
         self.holds = collections.Counter()
         self.replies = {}           # task id -> future, of what runs there
-        self.actor = None
-        self.grant = None           # (pool, what was taken from it)
-        self.blocked = 0            # how many of its threads wait for values
-        self.gone = None            # Failed, when it has died
-        self.loop = asyncio.get_running_loop()
+        self.loop = hub.loop
         self.loop.add_reader(sock, hub.hear, self)
         sock.setblocking(False)
 
     def send(self, *message):
         if not self.out:
             self.loop.call_soon(self.flush)
-        self.out.append(pickled(message))
+        self.out.append(message)
 
     def flush(self):
         try:
             while self.out:
-                batch = list(itertools.islice(self.out, 20))
-                send_packet(self.sock, b"".join(data for data, _ in batch), sum((files for _, files in batch), []))
-                for _ in batch:
-                    self.out.popleft()
+                send_packet(self.sock, self.out[:20])
+                del self.out[:20]
             self.loop.remove_writer(self.sock)
         except BlockingIOError:
             self.loop.add_writer(self.sock, self.flush)
@@ -345,7 +297,6 @@ class Peer:
 
 class Hub:
     """on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X."""
-
     def __init__(self, sock, total):
         self.objects = {}
         self.tasks = {}
@@ -354,7 +305,6 @@ class Hub:
         self.lines = {}             # shape -> lock: of those who ask for the same, only the first looks for a place
         self.nodes = [Pool(total)]
         self.workers = set()
-        self.idle = set()
         self.changed = asyncio.Event()
         self.over = asyncio.Event()
         self.loop = asyncio.get_running_loop()
@@ -383,13 +333,12 @@ class Hub:
     # - objects: counted, shown, freed -
 
     def add(self, peer, oid):
-        self.objects[oid] = Object(self.loop.create_future(), 0)
+        self.objects[oid] = Object()
         self.on_borrow(peer, oid)
 
     def on_borrow(self, peer, oid):
         if oid not in self.objects:
-            peer.send("value", oid, lost(oid), True)
-            return
+            return peer.send("value", oid, lost(oid), True)
         peer.holds.update(self.hold([oid]))
         self.objects[oid].arrived.add_done_callback(lambda arrived: peer.send("value", oid, *arrived.result()))
 
@@ -418,18 +367,18 @@ class Hub:
             del self.objects[oid]
             stack += obj.inside
             if obj.maker:
-                obj.maker.send("recycle", obj.arrived.result()[0].key)
+                obj.maker.send("recycle", oid)
             if oid in self.actors:                  # no handle is left, and no call
                 self.bury(self.actors.pop(oid), b"")
 
     def on_put(self, peer, oid, value, refs):
-        self.objects[oid] = Object(self.loop.create_future())
-        peer.holds[oid] += 1
+        self.objects[oid] = Object()
+        peer.holds.update(self.hold([oid]))
         self.seal(oid, value, self.hold(refs), peer)
 
     def seal(self, oid, value, inside=(), maker=None, failed=False):
         """The value is there; what is inside of it is held already."""
-        obj = self.objects.setdefault(oid, Object(self.loop.create_future(), 0))
+        obj = self.objects.setdefault(oid, Object())
         obj.maker = maker if isinstance(value, File) else None
         obj.inside = inside
         obj.arrived.set_result((value, failed))
@@ -438,7 +387,7 @@ class Hub:
     # - the life of a task -
 
     def on_submit(self, peer, *fields):
-        task = self.tasks[fields[0]] = Task(*fields, peer)
+        task = self.tasks[fields[0]] = Task(*fields, fields, peer)
         task.refs = self.hold([task.function, *task.refs, task.actor])
         task.retries = task.options["retries"]
         task.actor = self.actors.get(task.actor)
@@ -519,29 +468,26 @@ class Hub:
 
     async def call(self, worker, task):
         task.worker = worker
-        worker.send("run", task.id, task.function, task.method, task.args, task.deps, len(task.returns), task.options,
-                    task.actor and task.actor.id)
+        worker.send("run", *task.fields)
         return await self.reply(worker, task.id)
 
     async def reply(self, worker, key):
         if worker.gone:
             raise worker.gone
-        worker.replies[key] = self.loop.create_future()
+        worker.replies[key] = asyncio.Future()
         try:
             return await worker.replies[key]
         finally:
             worker.replies.pop(key, None)
 
-    def on_done(self, worker, tid, results, error, again):
+    def on_done(self, worker, tid, refs, error, again, *values):
         reply = worker.replies.get(tid)
         if reply is None or reply.done():           # it was cancelled
             return
-        for _, refs in results:                     # now, as the worker may let go of them at once
-            refs[:] = self.hold(refs)
         if error:
             reply.set_exception(Failed(error, again))
-        else:
-            reply.set_result(results)
+        else:                                       # hold now, as the worker may let go of them at once
+            reply.set_result(list(zip(values, map(self.hold, refs))))
 
     def ask_cancel(self, peer, oid):
         for task in list(self.tasks.values()):
@@ -557,11 +503,17 @@ class Hub:
     def start(self, task):
         """Takes resources and a worker. False if it has to wait for them."""
         demand = task.options["demand"]
-        pools = candidates(task.options["scheduling_strategy"], self.nodes, self.groups)
+        pools = self.nodes
+        if task.options["bundle"]:
+            group, first, last = task.options["bundle"]
+            pools = self.groups.get(group, [])
+            if pools is None:                       # its placement group waits itself
+                return False
+            pools = pools[first:last]
         running = [worker for worker in self.workers if worker.grant and not (worker.actor or worker.blocked)]
-        if pools is None or not (demand or task.actor) and len(running) >= MOST:
+        if not (demand or task.actor) and len(running) >= MOST:
             return False
-        if not any(pool.could_fit(demand) for pool in pools):
+        if not any(covers(pool.total, demand) for pool in pools):
             error = ActorUnschedulableError if task.actor else TaskUnschedulableError
             raise Failed(error(f"{task.options['label']} asks for {demand}: nowhere could that ever be had"))
         for pool in pools:
@@ -575,15 +527,12 @@ class Hub:
         return False
 
     def find_worker(self, node, env, gpus):
-        for worker in self.idle:
-            if worker.node is node and not env and not gpus:
-                self.idle.remove(worker)
-                return worker
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if node.idle and not env and not gpus:
+            return node.idle.pop()
         tag = f"{os.environ[TAG]}-{secrets.token_hex(8)}"
         visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if "GPU" in node.total else {}
-        process = start_python("work", theirs, os.environ | visible | env | {TAG: tag}, node.id, gpus)
-        worker = Peer(self, ours, process, node, tag, env, bool(env or gpus))
+        process, sock = start_python("work", visible | env, tag, node.id, gpus)
+        worker = Peer(self, sock, process=process, node=node, tag=tag, env=env, single=env or gpus)
         self.workers.add(worker)
         return worker
 
@@ -593,10 +542,10 @@ class Hub:
         pool, taken = worker.grant
         pool.change(taken, 1)
         worker.grant = None
-        if worker.gone or worker.single or worker.actor or len(self.idle) >= worker.node.total.get("CPU", 1):
+        if worker.gone or worker.single or worker.actor or len(worker.node.idle) >= worker.node.total.get("CPU", 1):
             self.end(worker)
         else:
-            self.idle.add(worker)
+            worker.node.idle.add(worker)
         self.change()
 
     def change(self):
@@ -627,7 +576,7 @@ class Hub:
         code = worker.process.wait()
         reason = f"process {worker.process.pid} ended with {signal.Signals(-code).name if code < 0 else code}"
         self.workers.discard(worker)
-        self.idle.discard(worker)
+        worker.node.idle.discard(worker)
         actor = worker.actor
         if actor is None:
             worker.gone = Failed(WorkerCrashedError(reason), again=True)
@@ -666,23 +615,17 @@ class Hub:
         elif actor:
             self.end(actor.worker)
 
-    def ask_actor(self, peer, name):
+    def ask_actor(self, peer, name, exists, *fields):
+        """Which actor has this name; or it makes one, of these fields. `exists`: one that is there will do."""
         for actor in self.actors.values():
             if name and actor.options["name"] == name and not actor.death:
-                return actor.id, actor.options
-        raise ValueError(f"no actor named {name!r} lives")
-
-    def ask_submit(self, peer, *fields):
-        """Makes an actor, unless one has its name: then it says which."""
-        options = fields[7]
-        try:
-            taken = self.ask_actor(peer, options["name"])
-        except ValueError:
-            self.on_submit(peer, *fields)
-            return fields[0], options
-        if options["get_if_exists"]:
-            return taken
-        raise ValueError(f"an actor named {options['name']!r} lives already: take another name, or get_if_exists=True")
+                if exists:
+                    return actor.id, actor.options
+                raise ValueError(f"an actor named {name!r} lives already: take another name, or get_if_exists=True")
+        if not fields:
+            raise ValueError(f"no actor named {name!r} lives")
+        self.on_submit(peer, *fields)
+        return fields[0], fields[7]
 
     # - nodes and placement groups -
 
@@ -692,7 +635,7 @@ class Hub:
         return self.nodes[-1].id
 
     def ask_nodes(self, peer):
-        return [{"NodeID": node.id, "Alive": True, "Resources": shown(node.total), "Available": shown(node.free)}
+        return [{"NodeID": node.id, "Alive": True, "Resources": node.total, "Available": node.free}
                 for node in self.nodes]
 
     def on_group(self, peer, gid, *fields):
@@ -720,9 +663,6 @@ class Hub:
         give_up(pools)
         self.change()
 
-def shown(amounts):
-    return {name: amount for name, amount in amounts.items() if amount > 0 and "GPU:" not in name}
-
 def lost(oid):
     return pack_small(ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left"))
 
@@ -736,14 +676,17 @@ def serve(fd, total):
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
-def start_python(function, sock, env, *args):
-    """A process that calls a function of this file; in a session of its own, as a Ctrl-C is the driver's alone."""
+def start_python(function, env, tag, *args):
+    """A process that calls a function of this file, and a socket to it. It has a session of its own, as a Ctrl-C is the
+    driver's alone."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = [*map(os.path.abspath, sys.path), HERE]          # it finds the modules that this one finds
-    fd = sock.fileno()
+    fd = theirs.fileno()
     code = f"import sys; sys.path = {path!r}; import {__name__} as actors; actors.{function}({fd}, *{args!r})"
-    with sock:
-        return subprocess.Popen([sys.executable, "-c", code], pass_fds=[fd], env=env, start_new_session=True,
-                                stdin=subprocess.DEVNULL)
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[fd], env=os.environ | env | {TAG: tag},
+                                   start_new_session=True, stdin=subprocess.DEVNULL)
+    return process, ours
 
 def inherited(fd):
     os.set_inheritable(fd, False)                   # what it starts must not keep its socket open
@@ -822,23 +765,17 @@ class Client:
         self.sock = sock
         self.node = node
         self.gpus = gpus
-        self.closed = False
         self.ids = itertools.count(secrets.randbits(64) << 32)
         self.refs = weakref.WeakValueDictionary()
-        self.used = {}              # key -> File, of the large values that this process has made
-        self.spare = []             # those whose values are gone
-        self.lock = threading.Lock()
+        self.used = {}              # id -> File, of the large values that this process has made
+        self.spare = collections.deque(maxlen=4)                # those whose values are gone
         self.reader = threading.Thread(target=self.read, daemon=True)
 
     def send(self, *message):
-        if self.closed:
-            raise RaySystemError(GONE)
-        data, files = pickled(message)
-        self.used.update({file.key: file for file in files})
         try:
-            send_packet(self.sock, data, files)
-        except ConnectionError:
-            raise RaySystemError(GONE) from None
+            send_packet(self.sock, [message])
+        except OSError as error:
+            raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
 
     def ask(self, *question):
         answer = ObjectRef(self, next(self.ids))
@@ -849,9 +786,8 @@ class Client:
         while messages := receive(self.sock):
             for name, *args in messages:
                 getattr(self, "on_" + name)(*args)
-        self.closed = True
         for oid in list(self.refs.data):
-            self.on_value(oid, pack_small(RaySystemError(GONE)), True)
+            self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
 
     def on_value(self, oid, value, failed):
         ref = self.refs.get(oid)
@@ -865,45 +801,44 @@ class Client:
         ref.ready = True
         ref.arrived.set_result((value, failed))
 
-    def on_recycle(self, key):
-        with self.lock:
-            self.spare.append(self.used.pop(key))
-            del self.spare[:-4]
+    def on_recycle(self, oid):
+        self.spare.append(self.used.pop(oid))
 
-    def store(self, value):
-        """(bytes, or a File for a large value; ids of the refs inside)"""
+    def store(self, value, oid=None):
+        """(bytes, or a File for a large value; ids of the refs inside). The file of an object is used again."""
         pieces, size, refs = pack(value)
         if size <= INLINE:
             return b"".join(pieces), refs
         file = self.find_file(size)
-        position = 0
+        file.memory.seek(0)
         for piece in pieces:
-            copy_bytes(memoryview(file.memory)[position:position + len(piece)], piece)
-            position += len(piece)
+            file.memory.write(piece)
+        if oid:
+            self.used[oid] = file
         return file, refs
 
     def find_file(self, size):
         """Pages that were used before if there are such: to write to fresh ones is ten times slower."""
-        with self.lock:
-            for file in self.spare:
-                if size <= len(file.memory) <= 2 * size:
+        for file in list(self.spare):
+            if size <= len(file.memory) <= 2 * size:
+                with contextlib.suppress(ValueError):           # another thread has it
                     self.spare.remove(file)
                     file.size = size
                     return file
         for _ in range(20):
-            if size < free_memory():
-                fd = os.memfd_create("actors")
-                os.ftruncate(fd, size)
-                file = File(fd, size, next(self.ids))
+            free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+            if size < free:
+                file = File(size, os.memfd_create("actors"))
+                os.posix_fallocate(file.fd, 0, size)
                 file.memory = file.map()
                 return file
             self.spare.clear()
             time.sleep(0.05)                        # others may be letting go just now
-        raise ObjectStoreFullError(f"{size:,} bytes do not fit into the {free_memory():,} that this machine has")
+        raise ObjectStoreFullError(f"{size:,} bytes do not fit into the {free:,} that this machine has")
 
     def put(self, value):
-        stored, refs = self.store(value)
         ref = ObjectRef(self, next(self.ids))
+        stored, refs = self.store(value, ref.id)
         self.send("put", ref.id, stored, refs)
         self.arrive(ref, stored)
         return ref
@@ -919,40 +854,19 @@ class Client:
             if self.works:
                 self.send("blocked", -1)
 
-    def submit(self, function, method, args, kwargs, options, actor=None):
-        """The refs of a call's values; of a constructor: a handle of the actor, or of the one that has its name."""
-        stored, refs = self.store((args, kwargs))
-        deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
-        if isinstance(stored, File):                # its arguments are an object of their own
-            large = ObjectRef(self, next(self.ids))
-            self.send("put", large.id, stored, refs)
-            stored = None
-            refs = [large.id]
-            deps = refs + deps
-        values = [ObjectRef(self, next(self.ids)) for _ in range(options["num_returns"])]
-        returns = [value.id for value in values]
-        tid = returns[0] if returns else next(self.ids)
-        fields = (tid, function, method, stored, deps, refs, returns, options, actor)
-        if method == "__init__":
-            return self.ask_for_actor("submit", *fields)
-        self.send("submit", *fields)
-        return values
-
-    def ask_for_actor(self, *question):
-        aid, options = self.ask(*question)
+    def find_actor(self, *question):
+        aid, options = self.ask("actor", *question)
         return ActorHandle(borrow(aid), options)
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
 
-Call = collections.namedtuple("Call", "id function method args deps returns options actor")
-current = contextvars.ContextVar("current", default=None)           # the Call that runs here
+current = contextvars.ContextVar("current", default=None)           # the Task that runs here
 
 class Worker(Client):
     """Runs tasks, or its actor's calls: one after the other, or in threads, or (an async actor) in an event loop."""
     works = True
 
     def live(self):
-        self.functions = {}
         self.running = {}           # call's id -> asyncio task
         self.cancelled = set()
         self.inbox = queue.SimpleQueue()
@@ -960,22 +874,25 @@ class Worker(Client):
         self.reader.start()
         while True:
             call = self.inbox.get()
-            if call.method == "__init__" and call.options["asynchronous"]:
-                self.live_async(call)
+            if call.method == "__init__":
+                self.become(call)
             self.execute(call)
 
-    def live_async(self, call):
-        self.loop = asyncio.new_event_loop()
-        self.slots = asyncio.Semaphore(call.options["max_concurrency"])
-        self.begin = lambda call: self.loop.call_soon_threadsafe(self.begin_async, call)
-        self.loop.call_soon(self.execute, call)     # so its constructor finds a running loop
-        self.loop.run_forever()
-
-    def begin_async(self, call):
-        self.running[call.id] = self.loop.create_task(self.execute_async(call))
+    def become(self, call):
+        """An actor. If it takes several calls at a time, later ones do not go to the inbox."""
+        self.plan = call.options
+        most = self.plan["max_concurrency"]
+        if self.plan["asynchronous"]:
+            self.loop = asyncio.new_event_loop()
+            self.slots = asyncio.Semaphore(most)
+            self.begin = lambda call: self.loop.call_soon_threadsafe(self.begin_async, call)
+            self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
+            self.loop.run_forever()
+        elif most > 1:
+            self.begin = functools.partial(ThreadPoolExecutor(most).submit, self.execute)
 
     def on_run(self, *call):
-        self.begin(Call(*call))
+        self.begin(Task(*call))
 
     def on_cancel(self, tid):
         """Soon, as a coroutine that has not begun could not even say so. Others are cancelled before they begin."""
@@ -986,6 +903,9 @@ class Worker(Client):
     def read(self):
         super().read()
         os._exit(1)                 # the hub is gone
+
+    def begin_async(self, call):
+        self.running[call.id] = self.loop.create_task(self.execute_async(call))
 
     async def execute_async(self, call):
         current.set(call)
@@ -1008,35 +928,26 @@ class Worker(Client):
         """What to call, with its arguments: refs among them have become their values."""
         if call.id in self.cancelled:
             raise asyncio.CancelledError
-        args, kwargs = unpack(call.args) if call.args else borrow(call.deps[0]).value()
+        if isinstance(call.args, File):
+            call.args = call.args.map(prot=mmap.PROT_READ)
+        args, kwargs = unpack(call.args)
         args = [value_of(arg) for arg in args]
         kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
-        if call.function is None:
-            target = getattr(self if call.method.startswith("__ray_") else self.instance, call.method)
-        else:
-            if call.function not in self.functions:
-                self.functions[call.function] = borrow(call.function).value()
-            target = self.functions[call.function]
-        target = functools.partial(target, *args, **kwargs)
-        return functools.partial(self.construct, target, call.options) if call.method == "__init__" else target
-
-    def construct(self, make, options):
-        self.plan = options
-        self.instance = make()
-        if options["max_concurrency"] > 1 and not options["asynchronous"]:
-            pool = ThreadPoolExecutor(options["max_concurrency"])
-            self.begin = lambda call: pool.submit(self.execute, call)
-
-    def __ray_ready__(self): return True
-    def __ray_call__(self, function, *args, **kwargs): return function(self.instance, *args, **kwargs)
+        target = load(call.function) if call.function else getattr(self.instance, call.method, bool)
+        return functools.partial(target, *args, **kwargs)
 
     def succeed(self, call, result):
         values = [result]
-        if call.returns != 1:
-            values = list(result) if call.returns else []
-        if len(values) != call.returns:
-            raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={call.returns}")
-        self.send("done", call.id, [self.store(value) for value in values], None, False)
+        count = len(call.returns)
+        if call.method == "__init__":
+            self.instance = result
+            values = [None]
+        elif count != 1:
+            values = list(result) if count else []
+        if len(values) != count:
+            raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={count}")
+        stored = [self.store(value, oid) for value, oid in zip(values, call.returns)]
+        self.send("done", call.id, [refs for _, refs in stored], None, False, *[value for value, _ in stored])
 
     def fail(self, call, error):
         if isinstance(error, SystemExit):           # exit_actor(), too
@@ -1059,8 +970,10 @@ class Worker(Client):
             packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
         self.send("done", call.id, [], packed, again)
 
-def value_of(arg):
-    return arg.value() if isinstance(arg, ObjectRef) else arg
+def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
+
+@functools.cache
+def load(function): return borrow(function).value()
 
 def work(fd, node, gpus):
     """The process of a worker."""
@@ -1077,7 +990,6 @@ def forget_client():
     """A forked child must not speak on its parent's socket, nor keep it open."""
     global the_client, the_hub
     if the_client:
-        the_client.closed = True
         the_client.sock.close()
     the_client = the_hub = None
 
@@ -1101,11 +1013,10 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))        # large values take descriptors
     cpus = len(os.sched_getaffinity(0)) if num_cpus is None else num_cpus
+    total = node_total(cpus, visible_gpus(num_gpus), resources or {})
     session = secrets.token_hex(8)
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    the_hub = start_python("serve", theirs, os.environ | env_of(runtime_env) | {TAG: session},
-                           node_total(cpus, visible_gpus(num_gpus), resources or {}))
-    the_client = Client(ours)
+    the_hub, sock = start_python("serve", env_of(runtime_env), session, total)
+    the_client = Client(sock)
     the_client.reader.start()
     the_client.guard = threading.Thread(target=guard, args=(the_hub, session), daemon=True)
     the_client.guard.start()
@@ -1116,8 +1027,7 @@ def guard(hub, session):
     hub.wait()
     end_tagged(session + "-")
 
-def env_of(runtime_env):
-    return (runtime_env or {}).get("env_vars") or {}
+def env_of(runtime_env): return (runtime_env or {}).get("env_vars") or {}
 
 def visible_gpus(count):
     """Their names: those of CUDA_VISIBLE_DEVICES, indices or UUIDs, or else 0, 1, ..."""
@@ -1133,7 +1043,6 @@ def shutdown():
         return
     client = the_client
     the_client = the_hub = None
-    client.closed = True
     with contextlib.suppress(OSError):
         client.sock.shutdown(socket.SHUT_RDWR)
     client.reader.join()
@@ -1141,11 +1050,8 @@ def shutdown():
     client.sock.close()
     put_once.cache_clear()
 
-def is_initialized():
-    return the_client is not None
-
-def put(value):
-    return connected().put(value)
+def is_initialized(): return the_client is not None
+def put(value): return connected().put(value)
 
 def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef):
@@ -1173,17 +1079,10 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     chosen = set(ready)
     return ready, [ref for ref in refs if ref not in chosen]
 
-def cancel(ref, *, force=False, recursive=True):
-    connected().ask("cancel", ref.id)
-
-def kill(actor, *, no_restart=True):
-    connected().send("kill", actor._ref.id, no_restart)
-
-def exit_actor():
-    raise SystemExit(0)
-
-def get_actor(name, namespace=None):
-    return connected().ask_for_actor("actor", name)
+def cancel(ref, *, force=False, recursive=True): connected().ask("cancel", ref.id)
+def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
+def exit_actor(): raise SystemExit(0)
+def get_actor(name, namespace=None): return connected().find_actor(name, True)
 
 def method(**options):
     """Defaults for one method of an actor: @method(num_returns=2)."""
@@ -1214,7 +1113,6 @@ def put_once(client, target):
 
 class Remote:
     """What can be called: a function, a class, or a method of an actor; with its options."""
-
     def __init__(self, target, given, actor=None):
         self.target = target        # of an actor: the method's name
         self.given = given
@@ -1230,48 +1128,56 @@ class Remote:
         if self.actor:
             return {"label": f"{self.actor._plan['label']}.{self.target}", "retries": plan["max_task_retries"],
                     "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]}
-        plan |= {"label": self.target.__name__, "retries": plan["max_retries"]}
+        plan |= {"label": self.target.__name__, "retries": plan["max_retries"], "bundle": None}
         demand = {"CPU": 1, "GPU": plan["num_gpus"]} | plan["resources"]
         if inspect.isclass(self.target):
             members = inspect.getmembers(self.target, callable)
-            demand["CPU"] = 0                       # as in Ray: an actor has to ask for a CPU
             asynchronous = any(inspect.iscoroutinefunction(member) for _, member in members)
             plan |= {"methods": {name: getattr(member, "_options", {}) for name, member in members}, "num_returns": 1,
                      "retries": plan["max_restarts"], "asynchronous": asynchronous,
                      "max_concurrency": plan["max_concurrency"] or (1000 if asynchronous else 1)}
+            demand["CPU"] = 0                       # as in Ray: an actor has to ask for a CPU
         if plan["num_cpus"] is not None:
             demand["CPU"] = plan["num_cpus"]
+        strategy = plan.pop("scheduling_strategy")
+        if isinstance(strategy, PlacementGroupSchedulingStrategy):
+            index = strategy.placement_group_bundle_index
+            plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
         plan["demand"] = {name: amount for name, amount in demand.items() if amount}
-        if not isinstance(plan["scheduling_strategy"], str):
-            plan["scheduling_strategy"] = plan["scheduling_strategy"].plan()
-        plan["shape"] = tuple(sorted(plan["demand"].items())), plan["scheduling_strategy"]
+        plan["shape"] = str((plan["demand"], plan["bundle"]))
         plan["env"] = env_of(plan["runtime_env"])
         return plan
 
     def remote(self, *args, **kwargs):
+        """The refs of the values; of a constructor: a handle of the actor, or of the one that has its name."""
         client = connected()
+        plan = self.plan
+        stored, refs = client.store((args, kwargs))
+        deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
+        values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
+        returns = [value.id for value in values]
+        tid = returns[0] if returns else next(client.ids)
         if self.actor:
-            return one_or_all(client.submit(None, self.target, args, kwargs, self.plan, self.actor._ref.id))
-        function = put_once(client, self.target).id
-        if inspect.isclass(self.target):
-            return client.submit(function, "__init__", args, kwargs, self.plan)
-        return one_or_all(client.submit(function, "", args, kwargs, self.plan))
-
-def one_or_all(refs):
-    return refs[0] if len(refs) == 1 else refs or None
+            client.send("submit", tid, None, self.target, stored, deps, refs, returns, plan, self.actor._ref.id)
+        else:
+            function = put_once(client, self.target).id
+            if inspect.isclass(self.target):
+                return client.find_actor(plan["name"], plan["get_if_exists"], tid, function, "__init__", stored, deps,
+                                         refs, returns, plan, None)
+            client.send("submit", tid, function, "", stored, deps, refs, returns, plan, None)
+        return values[0] if len(values) == 1 else values or None
 
 class ActorHandle:
     """handle.method.remote(...) calls. The actor ends when no handle is left anywhere."""
-
     def __init__(self, ref, plan):
         self._ref = ref
         self._plan = plan
 
     def __getattr__(self, name):
-        if name not in self._plan["methods"] and not name.startswith("__ray_"):
+        methods = self._plan["methods"] | {"__ray_ready__": {}}
+        if name not in methods:
             raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
-        given = {"max_task_retries": self._plan["max_task_retries"]} | self._plan["methods"].get(name, {})
-        return Remote(name, given, self)
+        return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
 
     _actor_id = property(lambda self: self._ref)
     def __repr__(self): return f"Actor({self._plan['label']}, {self._ref.hex()})"
@@ -1303,8 +1209,8 @@ def available_resources(): return sum_up("Available")
 def sum_up(which):
     total = collections.Counter()
     for node in nodes():
-        total.update(node[which])
-    return dict(total)
+        total += collections.Counter(node[which])       # which forgets what is 0
+    return {name: amount for name, amount in total.items() if "GPU:" not in name}
 
 class Cluster:
     """Several nodes on one machine: each is a pool of resources with workers of its own."""
@@ -1322,10 +1228,8 @@ class Cluster:
 class PlacementGroup:
     id: ObjectRef
     bundle_specs: list
-
     def ready(self): return self.id
     def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
-    bundle_count = property(lambda self: len(self.bundle_specs))
 
 def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     """It lives until it is removed, or its driver ends."""
@@ -1343,17 +1247,9 @@ class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
     placement_group_bundle_index: int = -1          # -1: any
     placement_group_capture_child_tasks: bool = False           # Ray's; here what a task starts is never captured
-    def plan(self): return "bundle", self.placement_group.id.id, self.placement_group_bundle_index
-
-@dataclasses.dataclass
-class NodeAffinitySchedulingStrategy:
-    node_id: str
-    soft: bool = False
-    def plan(self): return "node", self.node_id, self.soft
 
 class ActorPool:
     """Spreads calls over actors, one at a time on each."""
-
     def __init__(self, actors):
         self.idle = list(actors)
         self.waiting = []
@@ -1390,44 +1286,32 @@ class ActorPool:
     def has_free(self): return bool(self.idle)
     def pop_idle(self): return self.idle.pop() if self.idle else None
 
-# --- Ray's module names, so that `from actors.util import ActorPool` works --------------------------------------------
-
-def submodule(name, *members):
-    module = types.ModuleType(f"{__name__}.{name}")
-    vars(module).update({member.__name__: member for member in members})
-    sys.modules[module.__name__] = module
-    return module
-
-errors = [each for each in vars().values() if inspect.isclass(each) and issubclass(each, RayError)]
-exceptions = submodule("exceptions", *errors)
-cluster_utils = submodule("cluster_utils", Cluster)
-actor = submodule("actor", ActorHandle, exit_actor)
-submodule("util.actor_pool", ActorPool)
-submodule("util.placement_group", PlacementGroup, placement_group, remove_placement_group)
-util = submodule("util", ActorPool, placement_group, remove_placement_group)
-util.scheduling_strategies = submodule("util.scheduling_strategies", PlacementGroupSchedulingStrategy,
-                                       NodeAffinitySchedulingStrategy)
+# Ray's module names, so that `from actors.util import ActorPool` works: all are this one.
+util = exceptions = cluster_utils = actor = scheduling_strategies = sys.modules[__name__]
+for name in ("util", "util.actor_pool", "util.placement_group", "util.scheduling_strategies", "exceptions",
+             "cluster_utils", "actor"):
+    sys.modules[f"{__name__}.{name}"] = util
 
 # --- the demo, and how fast it is -------------------------------------------------------------------------------------
 
-class Plain:
+class Counter:
     count = 0
 
     def add(self, crash=False):
         self.count += 1
         return os._exit(1) if crash else self.count
 
-class Async:
+class AsyncCounter:
     async def add(self): return 1
 
 def demo():
     with init(num_cpus=2):
-        counter = remote(Plain).options(max_restarts=1).remote()
+        counter = remote(Counter).options(max_restarts=1).remote()
         print("an actor counts:", get([counter.add.remote() for _ in range(5)]))
         try:
             get(counter.add.remote(crash=True))
         except RayActorError as error:
-            print(f"it crashes: {type(error).__name__}: {error}")
+            print("it crashes:", error)
         again = get(counter.add.remote())
         print("it runs again, and counts from", again)
         assert again == 1
@@ -1436,26 +1320,28 @@ def measure(ray, large):
     """How often a second a module with Ray's API does what: the best of three runs."""
     start = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
-    square = ray.remote(lambda x: x * x)
-    assert ray.get(square.remote(3)) == 9
+    task = ray.remote(abs)
+    assert ray.get(task.remote(-3)) == 3
     rates = {"init to the first result": 1 / (time.perf_counter() - start)}
-    plain = ray.remote(Plain).remote()
-    asynchronous = ray.remote(Async).remote()
-    refs = [ray.put(i) for i in range(1000)]
+
+    def note(what, *action, **options):
+        timer = timeit.Timer(functools.partial(*action, **options))
+        rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
+
+    def call(function, times, *args):
+        ray.get([function.remote(*args) for _ in range(times)])
+
+    plain = ray.remote(Counter).remote()
+    asynchronous = ray.remote(AsyncCounter).remote()
     array = importlib.import_module("numpy").ones(large, "u1")
-    big = ray.put(array)
-    for what, action in [("1 task", lambda: ray.get(square.remote(3))),
-                         ("1000 tasks", lambda: ray.get([square.remote(3) for _ in refs])),
-                         ("1 actor call", lambda: ray.get(plain.add.remote())),
-                         ("1000 actor calls", lambda: ray.get([plain.add.remote() for _ in refs])),
-                         ("1000 async actor calls", lambda: ray.get([asynchronous.add.remote() for _ in refs])),
-                         ("put of a small value", lambda: ray.put(0)),
-                         ("get of a small value", lambda: ray.get(refs[0])),
-                         ("wait for 1000 values", lambda: ray.wait(refs, num_returns=1000)),
-                         ("put of 1 GiB", lambda: ray.put(array)),
-                         ("get of 1 GiB", lambda: ray.get(big))]:
-        runs = [timeit.Timer(action).autorange() for _ in range(3)]
-        rates[what] = max(count / seconds for count, seconds in runs)
+    note("1 task", call, task, 1, 3)
+    note("1000 tasks", call, task, 1000, 3)
+    note("1 actor call", call, plain.add, 1)
+    note("1000 actor calls", call, plain.add, 1000)
+    note("1000 async actor calls", call, asynchronous.add, 1000)
+    note("put of a small value", ray.put, 0)
+    note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
+    note("put of 1 GiB", ray.put, array)
     ray.shutdown()
     return rates
 
@@ -1466,8 +1352,6 @@ def table(names, large=1 << 30):
         print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns], f"{rate / columns[-1][what]:8.1f}x")
 
 if __name__ == "__main__":
-    # Not as __main__: workers have to find the classes of this file under the name by which they import it.
-    sys.path.insert(0, HERE)
-    module = importlib.import_module(Path(__file__).stem)
-    module.demo()
-    module.table([module.__name__, *["ray"] * bool(importlib.util.find_spec("ray"))])
+    import actors                   # not as __main__: workers have to find its classes under the name they import
+    actors.demo()
+    actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
