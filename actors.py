@@ -3,10 +3,9 @@
     driver ----+           +---- worker    The hub, a process with one thread, knows every object, task and actor. In it
     (your      |           |    (a task)   the life of a task is a coroutine: wait for arguments, for resources, call
     program)   +--- hub ---+---- worker    a worker, try again. The driver and the workers hold a socket to it.
-         |                 |    (an actor)
-         +---- memory files ----+          The operating system keeps the books. A message is part of a packet: whole or
-    not there. A value over 64 kB is a memory file, written once: its descriptor travels with the message about it,
-    readers map it, and it has no name. A process that dies is an end of file. Workers are fresh, no forks.
+         |                 |    (an actor) The operating system keeps the books. A packet of messages is whole or not
+         +---- memory files ----+          there. A value over 64 kB is a memory file, written once: its descriptor
+    travels with the message about it, readers map it, and it has no name. A process that dies is an end of file.
 
     import actors as ray                            The API is Ray's: init, shutdown, is_initialized, remote, put, get,
     @ray.remote                                     wait, kill, cancel, get_actor, exit_actor, method, nodes,
@@ -28,8 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from concurrent.futures import TimeoutError as LateError        # a type of its own before Python 3.11
 from pathlib import Path
 
-# cloudpickle: functions of __main__, lambdas and closures cannot be pickled by name, as workers have no such module.
-import cloudpickle
+import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
 INLINE = 64_000             # bytes: larger values get a memory file
 PACKET = 130_000            # bytes: Linux takes packets of 200 kB
@@ -40,27 +38,22 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")   
 
 # --- errors, by Ray's names -------------------------------------------------------------------------------------------
 
-class RayError(Exception):
-    """Whatever goes wrong around a task. What goes wrong inside of it is a RayTaskError, and its own type as well."""
-
+class RayError(Exception): """Whatever goes wrong around a task."""
 class RayTaskError(RayError):
+    """What goes wrong inside of it: an error of this type, and of the type that was raised, too."""
     def __init__(self, function_name, traceback_str, cause=None):
-        self.function_name = function_name
-        self.traceback_str = traceback_str
-        self.cause = cause
+        self.function_name, self.traceback_str, self.cause = function_name, traceback_str, cause
 
     def __str__(self): return self.traceback_str
     def __reduce__(self): return task_error, (self.function_name, self.traceback_str, self.cause)
 
 def task_error(name, text, cause):
-    """The error as `except` wants it: a RayTaskError that is of the type that was raised, too."""
     try:
         kind = type(f"RayTaskError({type(cause).__name__})", (RayTaskError, type(cause)), {})
         error = kind.__new__(kind, *cause.args)
         error.__dict__.update(vars(cause))
         error.args = cause.args
-        if isinstance(cause, OSError):              # errno and strerror live outside of __dict__
-            OSError.__init__(error, *cause.args)
+        if isinstance(cause, OSError): OSError.__init__(error, *cause.args)     # errno lives outside of __dict__
     except Exception:                               # a type that does not let itself be inherited from
         error = RayTaskError(name, text)
     RayTaskError.__init__(error, name, text, cause)
@@ -97,9 +90,7 @@ def restore_tensor(buffer, dtype, shape, requires_grad):
 
 def pack(value):
     """A value as (pieces to be written one after the other, their bytes in all, ids of the refs inside of it).
-
-    n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes
-    """
+    n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes"""
     stream = io.BytesIO()
     buffers = []
     pickler = Pickler(stream, protocol=5, buffer_callback=buffers.append)
@@ -115,8 +106,7 @@ def pack(value):
 
 def pack_small(value): return b"".join(pack(value)[0])
 
-def unpack(data):
-    """The value of packed bytes; arrays in it are views of them."""
+def unpack(data):                   # arrays in the value are views of the data
     view = memoryview(data)
     position = 8 + 8 * view[0:8].cast("Q")[0]
     contents = []
@@ -133,7 +123,6 @@ class Memory(mmap.mmap):
 
 @dataclasses.dataclass(eq=False)
 class File:
-    """A memory file with a large value in it."""
     size: int
     fd: int = None                  # set by who receives it
     def map(self): return Memory(self.fd, self.size, prot=mmap.PROT_READ)
@@ -143,14 +132,13 @@ class File:
 def send_packet(sock, messages):
     data = pickle.dumps(messages)
     files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
-    if len(data) > PACKET:                          # it is a memory file itself
+    if len(data) > PACKET:          # it is a memory file itself
         files.insert(0, File(len(data), os.memfd_create("actors")))
         os.write(files[0].fd, data)
         data = b"file"
     socket.send_fds(sock, [data], [file.fd for file in files])
 
-def receive(sock):
-    """The messages of the next packet; there are none when the other end is gone."""
+def receive(sock):                  # the messages of a packet; there are none when the other end is gone
     try:
         data, fds, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
     except ConnectionError:
@@ -161,8 +149,7 @@ def receive(sock):
             data = file.read()
     messages = pickle.loads(data) if data else []
     for item in itertools.chain(*messages):
-        if isinstance(item, File):
-            item.fd = fds.pop(0)
+        if isinstance(item, File): item.fd = fds.pop(0)
     return messages
 
 # --- resources: what a node or a bundle has ---------------------------------------------------------------------------
@@ -177,13 +164,11 @@ class Pool:
         self.node = node or self
         self.idle = set()           # workers of this node, free for any task
 
-    def take(self, demand):
-        """What was taken: the demand, and which GPUs. None if it does not fit now."""
+    def take(self, demand):         # what was taken: the demand, and which GPUs; None if it does not fit now
         amount = demand.get("GPU", 0)
-        share = min(amount, 1)                      # of the fullest that has room for it; or whole ones
+        share = min(amount, 1)      # of the fullest that has room for it; or whole ones
         roomy = [name for name in sorted(self.free, key=self.free.get) if "GPU:" in name and self.free[name] >= share]
-        if len(roomy) < amount or not covers(self.free, demand):
-            return None
+        if len(roomy) < amount or not covers(self.free, demand): return None
         taken = demand | dict.fromkeys(roomy[:math.ceil(amount)], share)
         self.change(taken, -1)
         return taken
@@ -192,8 +177,7 @@ class Pool:
         for name, amount in amounts.items():
             self.free[name] = round(self.free[name] + sign * amount, 4)         # ten times 0.1 is 1
 
-def covers(amounts, demand):
-    return all(amounts.get(name, 0) >= amount for name, amount in demand.items())
+def covers(amounts, demand): return all(amounts.get(name, 0) >= amount for name, amount in demand.items())
 
 def node_total(cpus, gpus, resources):
     total = {"CPU": cpus, "GPU": len(gpus)} | resources | {f"GPU:{name}": 1 for name in gpus}
@@ -202,8 +186,7 @@ def node_total(cpus, gpus, resources):
 def place_bundles(bundles, strategy, nodes):
     """A pool for every bundle, or None. PACK wants few nodes, SPREAD many; STRICT_ insists on one, or on one each."""
     attempts = [[node] for node in nodes if strategy.endswith("PACK")]
-    if strategy != "STRICT_PACK":
-        attempts.append(nodes)
+    if strategy != "STRICT_PACK": attempts.append(nodes)
     for attempt in attempts:
         pools = []
         for bundle in bundles:
@@ -213,20 +196,18 @@ def place_bundles(bundles, strategy, nodes):
                 if taken is not None:
                     pools.append(Pool(taken, node))
                     break
-        if len(pools) == len(bundles):
-            return pools
-        give_up(pools)                              # all or nothing
+        if len(pools) == len(bundles): return pools
+        give_up(pools)              # all or nothing
     return None
 
 def give_up(pools):
-    for pool in pools:
-        pool.node.change(pool.total, 1)
+    for pool in pools: pool.node.change(pool.total, 1)
 
 # --- the hub: one process, one thread, no locks -----------------------------------------------------------------------
 
 @dataclasses.dataclass(eq=False)
 class Object:
-    arrived: asyncio.Future = dataclasses.field(default_factory=asyncio.Future)     # of (bytes or a File, is it an error?)
+    arrived: asyncio.Future         # of (bytes or a File, is it an error?)
     holds: int = 0                  # refs in processes, tasks that need it, objects that contain it: freed at 0
     maker: "Peer" = None            # who gets its pages back, for the next value
     inside: list = ()               # ids of the refs that the value contains
@@ -243,8 +224,7 @@ class Task:
     returns: list                   # ids of the objects that it makes
     options: dict
     actor: object                   # an id; in the hub, the Task
-    # What follows is the hub's.
-    fields: tuple = ()              # all of the above, as a worker wants them
+    fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
     retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
     life: object = None             # the coroutine
@@ -260,10 +240,9 @@ class Failed(Exception):
 
 class Peer:
     """A process at the other end of a socket. What is said to it in one round of the hub goes in packets of many."""
-    process = node = tag = None
+    process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
     single = False                  # runs no further task
-    actor = None
     grant = None                    # (pool, what was taken from it)
     blocked = 0                     # how many of its threads wait for values
     gone = None                     # Failed, when it has died
@@ -280,8 +259,7 @@ class Peer:
         sock.setblocking(False)
 
     def send(self, *message):
-        if not self.out:
-            self.loop.call_soon(self.flush)
+        if not self.out: self.loop.call_soon(self.flush)
         self.out.append(message)
 
     def flush(self):
@@ -296,14 +274,12 @@ class Peer:
             self.out.clear()
 
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
-objects = {}
-tasks = {}
-actors = {}
-groups = {}                     # id of a placement group -> its bundles; None while it waits
-lines = {}                      # shape -> lock: of those who ask for the same, only the first looks for a place
-machines = []                   # the pools of the nodes
+objects, tasks, actors = {}, {}, {}
+groups = {}                         # id of a placement group -> its bundles; None while it waits
+lines = {}                          # shape -> lock: of those who ask for the same, only the first looks for a place
+machines = []                       # the pools of the nodes
 workers = set()
-changed = asyncio.Event()       # for who waits for resources
+changed = asyncio.Event()           # for who waits for resources
 over = asyncio.Event()
 
 def serve(fd, total):
@@ -320,45 +296,43 @@ def serve(fd, total):
 
 def hear(peer):
     with contextlib.suppress(BlockingIOError):
-        for _ in range(100):                    # then it is the turn of others
+        for _ in range(100):                        # then it is the turn of others
             messages = receive(peer.sock)
-            if not messages:
-                return peer_died(peer)
+            if not messages: return peer_died(peer)
             for name, *args in messages:
                 globals()["on_" + name](peer, *args)
 
-def on_ask(peer, oid, name, *args):
-    """A question is an object whose value is the answer."""
+def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try:
         answer = globals()["ask_" + name](peer, *args)
-    except Exception as error:                  # what makes no sense is the asker's problem
+    except Exception as error:                      # what makes no sense is the asker's problem
         answer = error
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
 
 # - objects: counted, shown, freed -
 
 def add(peer, oid):
-    objects[oid] = Object()
+    objects[oid] = Object(asyncio.Future())
     on_borrow(peer, oid)
 
 def on_borrow(peer, oid):
-    if oid not in objects:
-        return peer.send("value", oid, lost(oid), True)
+    if oid not in objects: return peer.send("value", oid, lost(oid), True)
     peer.holds.update(hold([oid]))
     objects[oid].arrived.add_done_callback(lambda arrived: peer.send("value", oid, *arrived.result()))
 
+def lost(oid):
+    return pack_small(ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left"))
+
 def hold(oids):
     known = [oid for oid in oids if oid in objects]
-    for oid in known:
-        objects[oid].holds += 1
+    for oid in known: objects[oid].holds += 1
     return known
 
 def on_drop(peer, oid):
-    if oid in peer.holds:                       # else its maker was interrupted before it could say so
+    if oid in peer.holds:                           # else its maker was interrupted before it could say so
         peer.holds[oid] -= 1
-        if not peer.holds[oid]:
-            del peer.holds[oid]
+        if not peer.holds[oid]: del peer.holds[oid]
         release([oid])
 
 def release(oids):
@@ -366,29 +340,25 @@ def release(oids):
     while stack:
         oid = stack.pop()
         obj = objects.get(oid)
-        if obj:
-            obj.holds -= 1
-        if not obj or obj.holds:
-            continue
+        if obj: obj.holds -= 1
+        if not obj or obj.holds: continue
         del objects[oid]
         stack += obj.inside
-        if obj.maker:
-            obj.maker.send("recycle", oid)
-        if oid in actors:                  # no handle is left, and no call
-            bury(actors.pop(oid), b"")
+        if obj.maker: obj.maker.send("recycle", oid)
+        if oid in actors: bury(actors.pop(oid), b"")            # no handle is left, and no call
 
 def on_put(peer, oid, value, refs):
-    objects[oid] = Object()
+    objects[oid] = Object(asyncio.Future())
     peer.holds.update(hold([oid]))
     seal(oid, value, hold(refs), peer)
 
 def seal(oid, value, inside=(), maker=None, failed=False):
     """The value is there; what is inside of it is held already."""
-    obj = objects.setdefault(oid, Object())
+    obj = objects.setdefault(oid, Object(asyncio.Future()))
     obj.maker = maker if isinstance(value, File) else None
     obj.inside = inside
     obj.arrived.set_result((value, failed))
-    release(hold([oid]))              # maybe nobody wants it any more
+    release(hold([oid]))                            # maybe nobody wants it any more
 
 # - the life of a task -
 
@@ -397,8 +367,7 @@ def on_submit(peer, *fields):
     task.refs = hold([task.function, *task.refs, task.actor])
     task.retries = task.options["retries"]
     task.actor = actors.get(task.actor)
-    for oid in task.returns:
-        add(peer, oid)
+    for oid in task.returns: add(peer, oid)
     if task.method == "__init__":
         task.actor = actors[task.id] = task
         task.up = asyncio.Event()
@@ -418,12 +387,10 @@ async def live(task):
         except Failed as error:
             failure = Failed(error.error, error.again and task.retries != 0)
             task.retries -= 1
-    if failure:
-        results = [(failure.error, ())] * len(task.returns)
+    if failure: results = [(failure.error, ())] * len(task.returns)
     for oid, (value, inside) in zip(task.returns, results):
         seal(oid, value, inside, task.worker, failure is not None)
-    if task.method == "__init__":
-        bury(task, failure.error)
+    if task.method == "__init__": bury(task, failure.error)
     del tasks[task.id]
     release(task.refs)
 
@@ -431,47 +398,42 @@ async def run_alone(task):
     """In a worker of its own: a task; or an actor, its constructor and then until the end of its process."""
     await arguments(task)
     async with lines.setdefault(task.options["shape"], asyncio.Lock()):
-        while not start(task):
-            await changed.wait()
+        while not start(task): await changed.wait()
     worker = task.worker
     try:
         results = await call(worker, task)
         if task.actor:
             task.up.set()
-            if not task.retries:                # else a restart needs its arguments again
+            if not task.retries:                    # else a restart needs its arguments again
                 release(task.refs)
                 task.refs = []
             await reply(worker, "its end")
         return results
     except asyncio.CancelledError:
-        worker.single = True                    # it still runs the task, and ends
+        worker.single = True                        # it still runs the task, and ends
         raise
     finally:
         give_back(worker)
 
 async def run_call(task):
     actor = task.actor
-    if actor is None:
-        raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
+    if actor is None: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
     ordered = actor.options["max_concurrency"] == 1
     turn = task.owner.turns.setdefault(actor, asyncio.Lock()) if ordered else contextlib.nullcontext()
-    async with turn:                            # the next of its caller's calls waits until this one is sent
+    async with turn:                                # the next of its caller's calls waits until this one is sent
         await arguments(task)
         await actor.up.wait()
-    if actor.death:
-        raise actor.death
+    if actor.death: raise actor.death
     return await call(actor.worker, task)
 
 async def arguments(task):
     """Waits until they are there, and raises what the first bad one failed with."""
     for oid in task.deps:
-        if oid not in objects:
-            raise Failed(lost(oid))
+        if oid not in objects: raise Failed(lost(oid))
         arrived = objects[oid].arrived
-        await asyncio.wait([arrived])           # to await it alone would cancel it with this task
+        await asyncio.wait([arrived])               # to await it alone would cancel it with this task
         value, failed = arrived.result()
-        if failed:
-            raise Failed(value)
+        if failed: raise Failed(value)
 
 async def call(worker, task):
     task.worker = worker
@@ -479,44 +441,37 @@ async def call(worker, task):
     return await reply(worker, task.id)
 
 async def reply(worker, key):
-    if worker.gone:
-        raise worker.gone
-    reply = worker.replies[key] = asyncio.Future()
-    return await reply
+    if worker.gone: raise worker.gone
+    future = worker.replies[key] = asyncio.Future()
+    return await future
 
 def on_done(worker, tid, refs, error, again, *values):
-    reply = worker.replies.pop(tid, None)
-    if reply is None or reply.done():           # it was cancelled
-        return
+    future = worker.replies.pop(tid, None)
+    if future is None or future.done(): return      # it was cancelled
     if error:
-        reply.set_exception(Failed(error, again))
-    else:                                       # hold now, as the worker may let go of them at once
-        reply.set_result(list(zip(values, map(hold, refs))))
+        future.set_exception(Failed(error, again))
+    else:                                           # hold now, as the worker may let go of them at once
+        future.set_result(list(zip(values, map(hold, refs))))
 
 def ask_cancel(peer, oid):
     for task in list(tasks.values()):
-        if oid not in task.returns or task.method == "__init__":
-            continue
-        if task.actor and task.worker:          # an async call can be cancelled there, others go on
+        if oid not in task.returns or task.method == "__init__": continue
+        if task.actor and task.worker:              # an async call can be cancelled there, others go on
             task.worker.send("cancel", task.id)
-        else:                                   # soon: what has not begun yet could not even say so
+        else:                                       # soon: what has not begun yet could not even say so
             asyncio.get_running_loop().call_soon(task.life.cancel)
 
 # - resources and workers -
 
 def start(task):
     """Takes resources and a worker. False if it has to wait for them."""
-    demand = task.options["demand"]
-    pools = machines
+    demand, pools = task.options["demand"], machines
     if task.options["bundle"]:
         group, first, last = task.options["bundle"]
-        pools = groups.get(group, [])
-        if pools is None:                       # its placement group waits itself
-            return False
-        pools = pools[first:last]
+        if group in groups and not groups[group]: return False  # its placement group waits itself
+        pools = groups.get(group, [])[first:last]
     running = [worker for worker in workers if worker.grant and not (worker.actor or worker.blocked)]
-    if not (demand or task.actor) and len(running) >= MOST:
-        return False
+    if not (demand or task.actor) and len(running) >= MOST: return False
     if not any(covers(pool.total, demand) for pool in pools):
         error = ActorUnschedulableError if task.actor else TaskUnschedulableError
         raise Failed(error(f"{task.options['label']} asks for {demand}: nowhere could that ever be had"))
@@ -531,8 +486,7 @@ def start(task):
     return False
 
 def find_worker(node, env, gpus):
-    if node.idle and not env and not gpus:
-        return node.idle.pop()
+    if node.idle and not env and not gpus: return node.idle.pop()
     tag = f"{os.environ[TAG]}-{secrets.token_hex(8)}"
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if "GPU" in node.total else {}
     process, sock = start_python("work", visible | env, tag, node.id, gpus)
@@ -552,8 +506,7 @@ def give_back(worker):
         worker.node.idle.add(worker)
     look_again()
 
-def look_again():
-    """Who waits for resources looks again."""
+def look_again():                                   # who waits for resources does
     changed.set()
     changed.clear()
 
@@ -568,15 +521,13 @@ def on_blocked(worker, change):
         look_again()
 
 def end(worker):
-    if worker and not worker.gone:
-        worker.process.kill()
+    if worker and not worker.gone: worker.process.kill()
 
 def peer_died(worker):
-    if not worker.process:
-        return over.set()
-    asyncio.get_running_loop().remove_reader(worker.sock)
+    if not worker.process: return over.set()        # the driver
+    worker.loop.remove_reader(worker.sock)
     worker.sock.close()
-    end_tagged(worker.tag)                      # what it has started ends with it
+    end_tagged(worker.tag)                          # what it has started ends with it
     code = worker.process.wait()
     reason = f"process {worker.process.pid} ended with {signal.Signals(-code).name if code < 0 else code}"
     workers.discard(worker)
@@ -587,17 +538,14 @@ def peer_died(worker):
     else:
         error = ActorUnavailableError if actor else WorkerCrashedError
         worker.gone = Failed(error(reason), again=True)
-        if actor:
-            actor.up.clear()
-    for reply in worker.replies.values():
-        if not reply.done():
-            reply.set_exception(worker.gone)
+        if actor: actor.up.clear()
+    for future in worker.replies.values():
+        if not future.done(): future.set_exception(worker.gone)
     release(worker.holds.elements())
 
 # - actors: how they end, and their names -
 
-def bury(actor, error):
-    """Every further call gets this error."""
+def bury(actor, error):                             # every further call gets this error
     actor.death = actor.death or Failed(error)
     actor.retries = 0
     actor.up.set()
@@ -617,11 +565,9 @@ def ask_actor(peer, name, exists, *fields):
     """Which actor has this name; or it makes one, of these fields. `exists`: one that is there will do."""
     for actor in actors.values():
         if name and actor.options["name"] == name and not actor.death:
-            if exists:
-                return actor.id, actor.options
+            if exists: return actor.id, actor.options
             raise ValueError(f"an actor named {name!r} lives already: take another name, or get_if_exists=True")
-    if not fields:
-        raise ValueError(f"no actor named {name!r} lives")
+    if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
     return fields[0], fields[7]
 
@@ -633,8 +579,7 @@ def ask_add_node(peer, cpus, gpus, resources):
     return machines[-1].id
 
 def ask_nodes(peer):
-    return [{"NodeID": node.id, "Alive": True, "Resources": node.total, "Available": node.free}
-            for node in machines]
+    return [{"NodeID": node.id, "Alive": True, "Resources": node.total, "Available": node.free} for node in machines]
 
 def on_group(peer, gid, *fields):
     add(peer, gid)
@@ -646,7 +591,7 @@ async def reserve(gid, bundles, strategy, value):
         groups[gid] = place_bundles(bundles, strategy, machines)
         if groups[gid]:
             seal(gid, value)
-            return look_again()                # for what waits for its bundles
+            return look_again()                     # for what waits for its bundles
         await changed.wait()
     error = TaskUnschedulableError("the placement group was removed before it was placed")
     seal(gid, pack_small(error), failed=True)
@@ -656,21 +601,16 @@ def on_remove_group(peer, gid):
     for worker in workers:
         if worker.grant and worker.grant[0] in pools:
             end(worker)
-            if worker.actor:
-                bury(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
+            if worker.actor: bury(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
     give_up(pools)
     look_again()
-
-def lost(oid):
-    return pack_small(ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left"))
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
 def start_python(function, env, tag, *args):
-    """A process that calls a function of this file, and a socket to it. It has a session of its own, as a Ctrl-C is the
-    driver's alone."""
+    """A process that calls a function of this file, and a socket to it. Ctrl-C is the driver's alone: a new session."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    path = [*map(os.path.abspath, sys.path), HERE]          # it finds the modules that this one finds
+    path = [*map(os.path.abspath, sys.path), HERE]  # it finds the modules that this one finds
     fd = theirs.fileno()
     code = f"import sys; sys.path = {path!r}; import {__name__} as actors; actors.{function}({fd}, *{args!r})"
     with theirs:
@@ -700,14 +640,11 @@ class Hold:
     """One of an object's counts. It lives as long as a ref, or a view of the memory."""
     client: object
     oid: int
-
     def __del__(self):
-        with contextlib.suppress(RaySystemError):
-            self.client.send("drop", self.oid)
+        with contextlib.suppress(RaySystemError): self.client.send("drop", self.oid)
 
 class ObjectRef:
     def __init__(self, client, oid):
-        self.client = client
         self.id = oid
         self.hold = Hold(client, oid)
         self.ready = False
@@ -718,8 +655,7 @@ class ObjectRef:
     def value(self):
         data, failed = self.arrived.result()
         value = unpack(data)
-        if not failed:
-            return value
+        if not failed: return value
         try:
             raise value
         finally:
@@ -769,6 +705,10 @@ class Client:
         self.send("ask", answer.id, *question)
         return answer.value()
 
+    def find_actor(self, *question):
+        aid, options = self.ask("actor", *question)
+        return ActorHandle(borrow(aid), options)
+
     def read(self):
         while messages := receive(self.sock):
             for name, *args in messages:
@@ -777,35 +717,29 @@ class Client:
             self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
         self.end()
 
-    def end(self):
-        """Whatever the hub died of, nothing stays of what it had started."""
+    def end(self):                  # whatever the hub died of, nothing stays of what it had started
         self.hub.wait()
         end_tagged(self.session + "-")
 
     def on_value(self, oid, value, failed):
         ref = self.refs.get(oid)
-        if ref is None or ref.ready:
-            return
+        if ref is None or ref.ready: return
         if isinstance(value, File):
             value = value.map()
             value.hold = ref.hold
         ref.ready = True
         ref.arrived.set_result((value, failed))
 
-    def on_recycle(self, oid):
-        self.spare.append(self.used.pop(oid))
+    def on_recycle(self, oid): self.spare.append(self.used.pop(oid))
 
     def store(self, value, oid=None):
         """(bytes, or a File for a large value; ids of the refs inside). The file of an object is used again."""
         pieces, size, refs = pack(value)
-        if size <= INLINE:
-            return b"".join(pieces), refs
+        if size <= INLINE: return b"".join(pieces), refs
         file = self.find_file(size)
         file.memory.seek(0)
-        for piece in pieces:
-            file.memory.write(piece)
-        if oid:
-            self.used[oid] = file
+        for piece in pieces: file.memory.write(piece)
+        if oid: self.used[oid] = file
         return file, refs
 
     def find_file(self, size):
@@ -824,7 +758,7 @@ class Client:
                 file.memory = mmap.mmap(file.fd, size)
                 return file
             self.spare.clear()
-            time.sleep(0.05)                        # others may be letting go just now
+            time.sleep(0.05)        # others may be letting go just now
         raise ObjectStoreFullError(f"{size:,} bytes do not fit into the {free:,} that this machine has")
 
     def put(self, value):
@@ -833,21 +767,6 @@ class Client:
         self.send("put", ref.id, stored, refs)
         self.on_value(ref.id, stored, False)
         return ref
-
-    @contextlib.contextmanager
-    def blocked(self):
-        """A task that has to wait lends its CPU to others."""
-        if self.works:
-            self.send("blocked", 1)
-        try:
-            yield
-        finally:
-            if self.works:
-                self.send("blocked", -1)
-
-    def find_actor(self, *question):
-        aid, options = self.ask("actor", *question)
-        return ActorHandle(borrow(aid), options)
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
 
@@ -865,12 +784,10 @@ class Worker(Client):
         self.reader.start()
         while True:
             call = self.inbox.get()
-            if call.method == "__init__":
-                self.become(call)
+            if call.method == "__init__": self.become(call)
             self.execute(call)
 
-    def become(self, call):
-        """An actor. If it takes several calls at a time, later ones do not go to the inbox."""
+    def become(self, call):         # an actor; if it takes several calls at a time, later ones do not go to the inbox
         self.plan = call.options
         most = self.plan["max_concurrency"]
         if self.plan["asynchronous"]:
@@ -882,16 +799,14 @@ class Worker(Client):
         elif most > 1:
             self.begin = functools.partial(ThreadPoolExecutor(most).submit, self.execute)
 
-    def on_run(self, *call):
-        self.begin(Task(*call))
+    def end(self): os._exit(1)      # the hub is gone
+    def on_run(self, *call): self.begin(Task(*call))
 
     def on_cancel(self, tid):
         """Soon, as a coroutine that has not begun could not even say so. Others are cancelled before they begin."""
         self.cancelled.add(tid)
         if tid in self.running:
             self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
-
-    def end(self): os._exit(1)      # the hub is gone
 
     def begin_async(self, call):
         self.running[call.id] = self.loop.create_task(self.execute_async(call))
@@ -915,21 +830,17 @@ class Worker(Client):
 
     def resolve(self, call):
         """What to call, with its arguments: refs among them have become their values."""
-        if call.id in self.cancelled:
-            raise asyncio.CancelledError
-        if isinstance(call.args, File):
-            call.args = call.args.map()
+        if call.id in self.cancelled: raise asyncio.CancelledError
+        if isinstance(call.args, File): call.args = call.args.map()
         args, kwargs = unpack(call.args)
         kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
         target = load(call.function) if call.function else getattr(self.instance, call.method, bool)
         return functools.partial(target, *map(value_of, args), **kwargs)
 
     def succeed(self, call, result):
-        values = [result]
-        count = len(call.returns)
+        values, count = [result], len(call.returns)
         if call.method == "__init__":
-            self.instance = result
-            values = [None]
+            self.instance, values = result, [None]
         elif count != 1:
             values = list(result or ())
         if len(values) != count:
@@ -942,14 +853,12 @@ class Worker(Client):
             atexit._run_exitfuncs()
             self.send("kill", call.actor, True)
             os._exit(error.code if isinstance(error.code, int) else 1)
-        name = call.options["label"]
+        name, again = call.options["label"], call.options["retry_exceptions"]
         text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
         failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
         if call.method == "__init__":
             failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
-        if isinstance(error, asyncio.CancelledError):
-            failure = TaskCancelledError(f"{name} was cancelled")
-        again = call.options["retry_exceptions"]
+        if isinstance(error, asyncio.CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
         try:
             packed = pack_small(failure)
             unpack(packed)
@@ -963,41 +872,34 @@ def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
 @functools.cache
 def load(function): return borrow(function).value()
 
-def work(fd, node, gpus):
-    """The process of a worker."""
+def work(fd, node, gpus):           # the process of a worker
     global the_client
     sys.stdout.reconfigure(line_buffering=True)
     the_client = Worker(inherited(fd))
-    the_client.node = node
-    the_client.gpus = gpus
+    the_client.node, the_client.gpus = node, gpus
     the_client.live()
 
 # --- the API, by Ray's names ------------------------------------------------------------------------------------------
 
 the_client = None
 
-def forget_client():
-    """A forked child must not speak on its parent's socket, nor keep it open."""
+def forget_client():                # a forked child must not speak on its parent's socket, nor keep it open
     global the_client
-    if the_client:
-        the_client.sock.close()
+    if the_client: the_client.sock.close()
     the_client = None
 
 os.register_at_fork(after_in_child=forget_client)
 
 def connected():
-    if the_client is None:
-        init()
+    if the_client is None: init()
     return the_client
 
 def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_env=None, ignore_reinit_error=False,
-         **_of_ray):
-    """Starts the hub. What Ray has for its dashboard, its logs and the size of its memory is ignored."""
+         **_of_ray):                # what Ray has for its dashboard, its logs and the size of its memory is ignored
     global the_client
     context = contextlib.ExitStack()                # so that `with init():` ends in a shutdown
     context.callback(shutdown)
-    if the_client and (ignore_reinit_error or address or the_client.works):
-        return context
+    if the_client and (ignore_reinit_error or address or the_client.works): return context
     if the_client:
         raise RuntimeError("init() was called twice: call shutdown() first, or pass ignore_reinit_error=True")
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -1007,8 +909,7 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     session = secrets.token_hex(8)
     hub, sock = start_python("serve", env_of(runtime_env), session, total)
     the_client = Client(sock)
-    the_client.hub = hub
-    the_client.session = session
+    the_client.hub, the_client.session = hub, session
     the_client.reader.start()
     return context
 
@@ -1017,19 +918,16 @@ def env_of(runtime_env): return (runtime_env or {}).get("env_vars") or {}
 def visible_gpus(count):
     """Their names: those of CUDA_VISIBLE_DEVICES, indices or UUIDs, or else 0, 1, ..."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None and count is None:
-        count = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if visible is None and count is None: count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     return visible.split(",")[:count] if visible else [str(i) for i in range(count or 0)]
 
 @atexit.register
 def shutdown():
     global the_client
     client = the_client
-    if client is None or client.works:
-        return
+    if client is None or client.works: return
     the_client = None
-    with contextlib.suppress(OSError):
-        client.sock.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)
     client.reader.join()
     client.sock.close()
     put_once.cache_clear()
@@ -1038,21 +936,25 @@ def is_initialized(): return the_client is not None
 def put(value): return connected().put(value)
 
 def get(refs, *, timeout=None):
-    if isinstance(refs, ObjectRef):
-        return get([refs], timeout=timeout)[0]
+    if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
     if not arrive(refs, len(refs), timeout):
         raise GetTimeoutError(f"not all of {len(refs)} values were there in {timeout} s")
     return [ref.value() for ref in refs]
 
 def arrive(refs, count, timeout):
-    """Waits until so many are there; False if they are not in time."""
+    """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
     late = [ref.arrived for ref in refs if not ref.ready]
     missing = count - len(refs) + len(late)
-    if missing > 0:
-        with connected().blocked(), contextlib.suppress(LateError):
-            for _ in itertools.islice(as_completed(late, timeout), missing):
-                missing -= 1
-    return missing <= 0
+    if missing <= 0: return True
+    client = connected()
+    if client.works: client.send("blocked", 1)
+    try:
+        for _ in itertools.islice(as_completed(late, timeout), missing): missing -= 1
+    except LateError:
+        return False
+    finally:
+        if client.works: client.send("blocked", -1)
+    return True
 
 def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     """(the first num_returns of those that are ready, all others), both in the order in which they came."""
@@ -1068,8 +970,7 @@ def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_
 def exit_actor(): raise SystemExit(0)
 def get_actor(name, namespace=None): return connected().find_actor(name, True)
 
-def method(**options):
-    """Defaults for one method of an actor: @method(num_returns=2)."""
+def method(**options):              # defaults for one method of an actor: @method(num_returns=2)
     def mark(function):
         function._options = checked(options)
         return function
@@ -1091,33 +992,27 @@ def checked(options):
     return options
 
 @functools.lru_cache(1000)
-def put_once(client, target):
-    """A function or class is an object like any other."""
-    return client.put(target)
+def put_once(client, target): return client.put(target)         # a function or class is an object like any other
 
 class Remote:
     """What can be called: a function, a class, or a method of an actor; with its options."""
     def __init__(self, target, given, actor=None):
-        self.target = target        # of an actor: the method's name
-        self.given = given
-        self.actor = actor
+        self.target, self.given, self.actor = target, given, actor      # of an actor, the target is the method's name
         self.method = target if actor else "__init__" if inspect.isclass(target) else ""
 
-    def options(self, **options):
-        return Remote(self.target, self.given | checked(options), self.actor)
+    def options(self, **options): return Remote(self.target, self.given | checked(options), self.actor)
 
     @functools.cached_property
-    def plan(self):
-        """What the hub and the workers have to know of the options."""
+    def plan(self):                 # what the hub and the workers have to know of the options
         plan = DEFAULTS | self.given
         if self.actor:
             return {"label": f"{self.actor._plan['label']}.{self.target}", "retries": plan["max_task_retries"],
                     "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]}
         plan |= {"label": self.target.__name__, "retries": plan["max_retries"], "bundle": None}
         cpus = plan["num_cpus"]
-        if cpus is None:
-            cpus = 0 if self.method else 1          # as in Ray: an actor has to ask for one
+        if cpus is None: cpus = 0 if self.method else 1         # as in Ray: an actor has to ask for one
         demand = {"CPU": cpus, "GPU": plan["num_gpus"]} | plan["resources"]
+        plan["demand"] = {name: amount for name, amount in demand.items() if amount}
         if self.method:
             members = inspect.getmembers(self.target, callable)
             asynchronous = any(inspect.iscoroutinefunction(member) for _, member in members)
@@ -1128,14 +1023,12 @@ class Remote:
         if isinstance(strategy, PlacementGroupSchedulingStrategy):
             index = strategy.placement_group_bundle_index
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
-        plan["demand"] = {name: amount for name, amount in demand.items() if amount}
         plan["shape"] = str((plan["demand"], plan["bundle"]))
         return plan
 
     def remote(self, *args, **kwargs):
         """The refs of the values; of a constructor: a handle of the actor, or of the one that has its name."""
-        client = connected()
-        plan = self.plan
+        client, plan = connected(), self.plan
         stored, refs = client.store((args, kwargs))
         deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
         values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
@@ -1143,21 +1036,18 @@ class Remote:
         tid = returns[0] if returns else next(client.ids)
         function = None if self.actor else put_once(client, self.target).id
         fields = (tid, function, self.method, stored, deps, refs, returns, plan)
-        if self.method == "__init__":
-            return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
+        if self.method == "__init__": return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
         client.send("submit", *fields, self.actor and self.actor._ref.id)
         return values[0] if len(values) == 1 else values or None
 
 class ActorHandle:
     """handle.method.remote(...) calls. The actor ends when no handle is left anywhere."""
     def __init__(self, ref, plan):
-        self._ref = ref
-        self._plan = plan
+        self._ref, self._plan = ref, plan
 
     def __getattr__(self, name):
         methods = self._plan["methods"] | {"__ray_ready__": {}}
-        if name not in methods:
-            raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
+        if name not in methods: raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
         return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
 
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
@@ -1175,8 +1065,7 @@ class RuntimeContext:
     def get_accelerator_ids(self): return {"GPU": list(connected().gpus)}
 
     @property
-    def current_actor(self):
-        """The handle by which an actor calls itself, or gives itself to others."""
+    def current_actor(self):        # the handle by which an actor calls itself, or gives itself to others
         return ActorHandle(borrow(current.get().actor), connected().plan)
 
 def get_runtime_context(): return RuntimeContext()
@@ -1187,14 +1076,12 @@ def available_resources(): return sum_up("Available")
 
 def sum_up(which):
     total = collections.Counter()
-    for node in nodes():
-        total += collections.Counter(node[which])       # which forgets what is 0
+    for node in nodes(): total += collections.Counter(node[which])      # which forgets what is 0
     return {name: amount for name, amount in total.items() if "GPU:" not in name}
 
 class Cluster:
     """Several nodes on one machine: each is a pool of resources with workers of its own."""
     address = "local"
-
     def __init__(self, initialize_head=True, connect=False, head_node_args=None):
         self.shutdown = init(**head_node_args or {}).close
 
@@ -1204,14 +1091,13 @@ class Cluster:
 # --- placement groups: resources that are taken together, or not at all -----------------------------------------------
 
 @dataclasses.dataclass
-class PlacementGroup:
+class PlacementGroup:               # it lives until it is removed, or its driver ends
     id: ObjectRef
     bundle_specs: list
     def ready(self): return self.id
     def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
 
 def placement_group(bundles, strategy="PACK", name="", lifetime=None):
-    """It lives until it is removed, or its driver ends."""
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
     client = connected()
@@ -1246,17 +1132,14 @@ class ActorPool:
             self.busy[fn(actor, value)] = actor
 
     def get_next(self, timeout=None, among=1):
-        if not self.busy:
-            raise StopIteration("no more results")
+        if not self.busy: raise StopIteration("no more results")
         ready, _ = wait(list(self.busy)[:among], timeout=timeout)
-        if not ready:
-            raise TimeoutError("no result was there in time")
+        if not ready: raise TimeoutError("no result was there in time")
         self.push(self.busy.pop(ready[0]))
         return get(ready[0])
 
     def map(self, fn, values, among=1):
-        for value in values:
-            self.submit(fn, value)
+        for value in values: self.submit(fn, value)
         return (self.get_next(None, among) for _ in iter(self.has_next, False))
 
     def get_next_unordered(self, timeout=None): return self.get_next(timeout, None)
@@ -1275,12 +1158,10 @@ for name in ("util", "util.actor_pool", "util.placement_group", "util.scheduling
 
 class Counter:
     count = 0
-
+    def crash(self): os._exit(1)
     def add(self):
         self.count += 1
         return self.count
-
-    def crash(self): os._exit(1)
 
 class AsyncCounter:
     async def add(self): return 1
@@ -1306,12 +1187,9 @@ def measure(ray, large):
         timer = timeit.Timer(functools.partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
 
-    def call(function, times):
-        ray.get([function.remote() for _ in range(times)])
+    def call(function, times): ray.get([function.remote() for _ in range(times)])
 
-    plain = ray.remote(Counter).remote()
-    asynchronous = ray.remote(AsyncCounter).remote()
-    array = importlib.import_module("numpy").ones(large, "u1")
+    plain, asynchronous = ray.remote(Counter).remote(), ray.remote(AsyncCounter).remote()
     note("1 task", call, task, 1)
     note("1000 tasks", call, task, 1000)
     note("1 actor call", call, plain.add, 1)
@@ -1319,7 +1197,7 @@ def measure(ray, large):
     note("1000 async actor calls", call, asynchronous.add, 1000)
     note("put of a small value", ray.put, 0)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
-    note("put of 1 GiB", ray.put, array)
+    note("put of 1 GiB", ray.put, importlib.import_module("numpy").ones(large, "u1"))
     ray.shutdown()
     return rates
 
@@ -1330,6 +1208,6 @@ def table(names, large=1 << 30):
         print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns], f"{rate / columns[-1][what]:8.1f}x")
 
 if __name__ == "__main__":
-    import actors                   # not as __main__: workers have to find its classes under the name they import
-    actors.demo()
-    actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
+    import actors as module         # not as __main__: workers have to find its classes under the name they import
+    module.demo()
+    module.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
