@@ -11,39 +11,33 @@
     @ray.remote                                     wait, kill, cancel, get_actor, exit_actor, method, nodes,
     def square(x): return x * x                     cluster_resources, available_resources, get_gpu_ids,
     ray.get([square.remote(i) for i in range(9)])   get_runtime_context, exceptions; util: ActorPool, placement_group;
-    python actors.py                                cluster_utils.Cluster. Run it: a demo, and its speed beside Ray's.
+    python actors.py    (a demo; speed beside Ray)  cluster_utils.Cluster.
 
-What differs from Ray: it is for one machine (for more, write `import ray` in place of `import actors as ray`). What no
-node could ever hold is an error at once. A wrong argument is an error at get(). cancel() of a task that runs ends its
-process. A detached actor ends with its driver. What was lost is not computed again, values never spill to disk; up to
-four memory files of freed ones stay with their maker for its next. Namespaces and the size of the object store are
-ignored. There are no generators, concurrency groups, node affinity, remote drivers, dashboard. What was got is
-read-only: to write into a tensor that was got is a segfault, so clone it first.
+What differs: it is for one machine (for more, write `import ray` for `import actors as ray`). What no node could hold
+is an error at once, a wrong argument one at get(). cancel() of a task that runs ends its process. A detached actor
+ends with its driver. What was lost is not computed again, values never spill to disk; up to four memory files of freed
+ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
+concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
 import asyncio, atexit, collections, contextlib, contextvars, dataclasses, functools, importlib.util, inspect, io
 import itertools, math, mmap, os, pickle, queue, resource, secrets, signal, socket, struct, subprocess, sys
 import threading, time, timeit, traceback, types, warnings, weakref
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as LateError        # a type of its own before Python 3.11
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as LateError, as_completed
 from pathlib import Path
-
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
 INLINE = 64_000             # bytes: larger values get a memory file
 PACKET = 130_000            # bytes: Linux takes packets of 200 kB
-MOST = 64                   # tasks at the same time, of those that ask for no resource at all
 TAG = "ACTORS_WORKER"       # the environment variable by which a worker's descendants are known
 warnings.filterwarnings("ignore", message="The given buffer is not writable")       # torch's, about what is got
 
 # --- errors, by Ray's names -------------------------------------------------------------------------------------------
 class RayError(Exception): """Whatever goes wrong around a task."""
-class RayTaskError(RayError):
-    """What goes wrong inside of it: an error of this type, and of the type that was raised, too."""
+class RayTaskError(RayError):       # what goes wrong inside of it: of this type, and of the type that was raised, too
     def __init__(self, function_name, traceback_str, cause=None):
         self.function_name, self.traceback_str, self.cause = function_name, traceback_str, cause
     def __str__(self): return self.traceback_str
     def __reduce__(self): return task_error, (self.function_name, self.traceback_str, self.cause)
-
 def task_error(name, text, cause):
     try:
         kind = type(f"RayTaskError({type(cause).__name__})", (RayTaskError, type(cause)), {})
@@ -54,7 +48,6 @@ def task_error(name, text, cause):
     except Exception: error = RayTaskError(name, text)  # a type that does not let itself be inherited from
     RayTaskError.__init__(error, name, text, cause)
     return error
-
 class RayActorError(RayError): """The actor cannot answer."""
 class ActorDiedError(RayActorError): """The actor is dead and stays so."""
 class ActorUnavailableError(RayActorError): """The actor died during this call; it restarts."""
@@ -76,13 +69,12 @@ class Pickler(cloudpickle.Pickler):
             flat = value.detach().resolve_conj().contiguous().flatten().view(torch.uint8)
             return restore_tensor, (pickle.PickleBuffer(flat.numpy()), value.dtype, value.shape, value.requires_grad)
         return super().reducer_override(value)
-
 def restore_tensor(buffer, dtype, shape, requires_grad):
     import torch
     flat = torch.frombuffer(buffer, dtype=dtype) if math.prod(shape) else torch.empty(0, dtype=dtype)
     return flat.view(shape).requires_grad_(requires_grad)
 def pack(value):
-    """A value as (pieces to be written one after the other, their bytes in all, ids of the refs inside of it).
+    """(pieces to be written one after the other, their bytes in all, ids of the refs in the value). The pieces:
     n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes"""
     stream = io.BytesIO()
     buffers = []
@@ -96,7 +88,6 @@ def pack(value):
         pieces += [bytes(-size % 64), content]
         size += -size % 64 + len(content)
     return pieces, size, pickler.refs
-
 def pack_small(value): return b"".join(pack(value)[0])
 def unpack(data):                   # arrays in the value are views of the data
     view = memoryview(data)
@@ -110,7 +101,6 @@ def unpack(data):                   # arrays in the value are views of the data
 
 # --- packets of messages, and with them the descriptors of the memory files that are items of a message ---------------
 class Memory(mmap.mmap): """A mapped memory file. Views of a value keep it, it keeps the object's count, as `hold`."""
-
 @dataclasses.dataclass(eq=False)
 class File:
     size: int
@@ -118,7 +108,6 @@ class File:
     def map(self): return Memory(self.fd, self.size, prot=mmap.PROT_READ)
     def __reduce__(self): return File, (self.size,)
     def __del__(self): os.close(self.fd)
-
 def send_packet(sock, messages):
     data = pickle.dumps(messages)
     files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
@@ -127,10 +116,8 @@ def send_packet(sock, messages):
         os.write(files[0].fd, data)
         data = b"file"
     socket.send_fds(sock, [data], [file.fd for file in files])
-
 def receive(sock):                  # the messages of a packet; there are none when the other end is gone
-    try:
-        data, fds, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
+    try: data, fds, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
     except ConnectionError: return []
     if data == b"file":
         with open(fds.pop(0), "rb") as file:
@@ -143,8 +130,7 @@ def receive(sock):                  # the messages of a packet; there are none w
 
 # --- resources: what a node or a bundle has ---------------------------------------------------------------------------
 class Pool:
-    """Resources that are taken and given back: those of a node, or of a bundle, which took them from a node. A GPU is
-    a resource of its own, too: "GPU:" and its name in CUDA_VISIBLE_DEVICES."""
+    """What a node has, or a bundle, which took it from a node. "GPU:" and a visible GPU's name is a resource, too."""
     def __init__(self, total, node=None):
         self.id = secrets.token_hex(28)
         self.total = total
@@ -162,7 +148,6 @@ class Pool:
     def change(self, amounts, sign):
         for name, amount in amounts.items():
             self.free[name] = round(self.free[name] + sign * amount, 4)         # ten times 0.1 is 1
-
 def covers(amounts, demand): return all(amounts.get(name, 0) >= amount for name, amount in demand.items())
 def node_total(cpus, gpus, resources):
     total = {"CPU": cpus, "GPU": len(gpus)} | resources | {f"GPU:{name}": 1 for name in gpus}
@@ -181,11 +166,7 @@ def place_bundles(bundles, strategy, nodes):
                     pools.append(Pool(taken, node))
                     break
         if len(pools) == len(bundles): return pools
-        give_up(pools)              # all or nothing
-    return None
-
-def give_up(pools):
-    for pool in pools: pool.node.change(pool.total, 1)
+        for pool in pools: pool.node.change(pool.total, 1)      # all or nothing
 
 # --- the hub: one process, one thread, no locks -----------------------------------------------------------------------
 @dataclasses.dataclass(eq=False)
@@ -196,8 +177,7 @@ class Object:
     inside: list = ()               # ids of the refs that the value contains
 
 @dataclasses.dataclass(eq=False)
-class Task:
-    """A call. That of a constructor is the actor, too: it is over when the actor is, and a further try is a restart."""
+class Task:                         # a call; that of a constructor is the actor: they end together, a try is a restart
     id: int
     function: int                   # the object that is the pickled function or class
     method: str                     # of an actor; "__init__" makes the actor; "" is a plain task
@@ -214,15 +194,12 @@ class Task:
     worker: "Peer" = None           # where it runs
     death: "Failed" = None          # an actor's: what every further call gets
     up: asyncio.Event = None        # an actor's: set when calls can be sent, or never will be
-
-class Failed(Exception):
-    """A try came to nothing. `error` is for who wants the value; `again`: another try may do better."""
+class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
     def __init__(self, error, again=False):
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
 
-class Peer:
-    """A process at the other end of a socket. What is said to it in one round of the hub goes in packets of many."""
+class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
     single = False                  # runs no further task
@@ -239,6 +216,7 @@ class Peer:
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(sock, hear, self)
         sock.setblocking(False)
+        workers.add(self)
     def send(self, *message):
         if not self.out: self.loop.call_soon(self.flush)
         self.out.append(message)
@@ -252,39 +230,30 @@ class Peer:
         except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
 
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
-objects, tasks, actors = {}, {}, {}
-groups = {}                         # id of a placement group -> its bundles; None while it waits
-lines = {}                          # shape -> lock: of those who ask for the same, only the first looks for a place
-machines = []                       # the pools of the nodes
-workers = set()
+objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
+machines, workers = [], set()       # lines: a lock for those who ask for the same; machines: the pools of the nodes
 changed = asyncio.Event()           # for who waits for resources
 over = asyncio.Event()
-
 def serve(fd, total):               # the process of the hub. It ends when the driver does, and with it all that ran
     async def main():
         machines.append(Pool(total))
-        Peer(inherited(fd))
-        # An end of file is not enough: a child of the driver may hold its socket open.
+        Peer(inherited(fd))         # its end of file is not enough: a child of the driver may hold the socket open
         asyncio.get_running_loop().add_reader(os.pidfd_open(os.getppid()), over.set)
         await over.wait()
         end_tagged(os.environ[TAG] + "-")
         os._exit(0)
     asyncio.run(main())
-
 def hear(peer):
     with contextlib.suppress(BlockingIOError):
         for _ in range(100):                        # then it is the turn of others
             messages = receive(peer.sock)
             if not messages: return peer_died(peer)
             for name, *args in messages: globals()["on_" + name](peer, *args)
-
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
-    try:
-        answer = globals()["ask_" + name](peer, *args)
+    try: answer = globals()["ask_" + name](peer, *args)
     except Exception as error: answer = error       # what makes no sense is the asker's problem
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
-
 # - objects: counted, shown, freed -
 def add(peer, oid):
     objects[oid] = Object(asyncio.Future())
@@ -293,8 +262,7 @@ def on_borrow(peer, oid):
     if oid not in objects: return peer.send("value", oid, lost(oid), True)
     peer.holds.update(hold([oid]))
     objects[oid].arrived.add_done_callback(lambda arrived: peer.send("value", oid, *arrived.result()))
-def lost(oid):
-    return pack_small(ObjectLostError(f"object {oid:024x} is gone: it was freed, as no ref to it was left"))
+def lost(oid): return pack_small(ObjectLostError(f"object {oid:024x} was freed, as no ref to it was left"))
 def hold(oids):
     known = [oid for oid in oids if oid in objects]
     for oid in known: objects[oid].holds += 1
@@ -315,7 +283,6 @@ def release(oids):
         stack += obj.inside
         if obj.maker: obj.maker.send("recycle", oid)
         if oid in actors: bury(actors.pop(oid), b"")            # no handle is left, and no call
-
 def on_put(peer, oid, value, refs):
     objects[oid] = Object(asyncio.Future())
     peer.holds.update(hold([oid]))
@@ -326,7 +293,6 @@ def seal(oid, value, inside=(), maker=None, failed=False):  # the value is there
     obj.inside = inside
     obj.arrived.set_result((value, failed))
     release(hold([oid]))                            # maybe nobody wants it any more
-
 # - the life of a task -
 def on_submit(peer, *fields):
     task = tasks[fields[0]] = Task(*fields, fields, peer)
@@ -339,12 +305,10 @@ def on_submit(peer, *fields):
         task.up = asyncio.Event()
         objects[task.id].holds += task.options["lifetime"] == "detached"
     task.life = asyncio.ensure_future(live(task))
-
 async def live(task):  # from the arguments to the values, or the error. If there are tries left, it lives again
     attempt = run_alone if task.method in ("", "__init__") else run_call
     failure = None
-    try:
-        results = await attempt(task)
+    try: results = await attempt(task)
     except asyncio.CancelledError:
         failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
     except Failed as error: failure = error
@@ -358,9 +322,7 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     if task.method == "__init__": bury(task, failure.error)
     del tasks[task.id]
     release(task.refs)
-
-async def run_alone(task):
-    """In a worker of its own: a task; or an actor, its constructor and then until the end of its process."""
+async def run_alone(task):          # a task; or an actor: its constructor, and then until the end of its process
     await arguments(task)
     async with lines.setdefault(task.options["shape"], asyncio.Lock()):
         while not start(task): await changed.wait()
@@ -378,7 +340,6 @@ async def run_alone(task):
         worker.single = True                        # it still runs the task, and ends
         raise
     finally: give_back(worker)
-
 async def run_call(task):
     actor = task.actor
     if actor is None: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
@@ -389,7 +350,6 @@ async def run_call(task):
         await actor.up.wait()
     if actor.death: raise actor.death
     return await call(actor.worker, task)
-
 async def arguments(task):          # waits until they are there, and raises what the first bad one failed with
     for oid in task.deps:
         if oid not in objects: raise Failed(lost(oid))
@@ -397,7 +357,6 @@ async def arguments(task):          # waits until they are there, and raises wha
         await asyncio.wait([arrived])               # to await it alone would cancel it with this task
         value, failed = arrived.result()
         if failed: raise Failed(value)
-
 async def call(worker, task):
     task.worker = worker
     worker.send("run", *task.fields)
@@ -419,16 +378,16 @@ def ask_cancel(peer, oid):
         else:                                       # soon: what has not begun yet could not even say so
             task.retries = 0
             peer.loop.call_soon(task.life.cancel)
-
 # - resources and workers -
 def start(task):                    # takes resources and a worker. False if it has to wait for them
-    demand, pools = task.options["demand"], machines
+    demand = task.options["demand"]
+    pools = machines
     if task.options["bundle"]:
         group, first, last = task.options["bundle"]
         if group in groups and not groups[group]: return False  # its placement group waits itself
         pools = groups.get(group, [])[first:last]
     running = [worker for worker in workers if worker.grant and not (worker.actor or worker.blocked)]
-    if len(running) >= MOST and not (demand or task.actor): return False
+    if len(running) > 63 and not (demand or task.actor): return False       # those that ask for nothing are many, too
     if not any(covers(pool.total, demand) for pool in pools):
         error = ActorUnschedulableError if task.actor else TaskUnschedulableError
         raise Failed(error(f"{task.options['label']} asks for {demand}: nowhere could that ever be had"))
@@ -436,21 +395,16 @@ def start(task):                    # takes resources and a worker. False if it 
         taken = pool.take(demand)
         if taken is not None:
             gpus = [name[4:] for name in taken if "GPU:" in name]
-            task.worker = find_worker(pool.node, task.owner.env | env_of(task.options["runtime_env"]), gpus)
+            task.worker = find_worker(pool.node, task.owner.env | task.options["runtime_env"].get("env_vars", {}), gpus)
             task.worker.grant = pool, taken
             task.worker.actor = task.actor
             return True
-    return False
-
 def find_worker(node, env, gpus):
     if node.idle and not env and not gpus: return node.idle.pop()
     tag = f"{os.environ[TAG]}-{secrets.token_hex(8)}"
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if "GPU" in node.total else {}
     process, sock = start_python("work", visible | env, tag, node.id, gpus)
-    worker = Peer(sock, process=process, node=node, tag=tag, env=env, single=env or gpus)
-    workers.add(worker)
-    return worker
-
+    return Peer(sock, process=process, node=node, tag=tag, env=env, single=env or gpus)
 def give_back(worker):              # what it ran is over, or given up: its resources are free, and so is it
     on_blocked(worker, -worker.blocked)
     pool, taken = worker.grant
@@ -460,12 +414,10 @@ def give_back(worker):              # what it ran is over, or given up: its reso
         end(worker)
     else: worker.node.idle.add(worker)
     look_again()
-
 def look_again():                                   # who waits for resources does
     changed.set()
     changed.clear()
-def on_blocked(worker, change):
-    """What waits for a value lends its CPU to others, or nested tasks would wait for a CPU for ever."""
+def on_blocked(worker, change):     # what waits for a value lends its CPU, or nested tasks would wait for ever
     before = worker.blocked > 0
     worker.blocked += change
     lent = (worker.blocked > 0) - before
@@ -473,7 +425,6 @@ def on_blocked(worker, change):
         pool, taken = worker.grant
         pool.change({name: taken[name] for name in taken if name == "CPU"}, lent)
         look_again()
-
 def end(worker):
     if worker and not worker.gone: worker.process.kill()
 def peer_died(worker):
@@ -495,7 +446,6 @@ def peer_died(worker):
     for future in worker.replies.values():
         if not future.done(): future.set_exception(worker.gone)
     release(worker.holds.elements())
-
 # - actors: how they end, and their names -
 def bury(actor, error):                             # every further call gets this error
     actor.death = actor.death or Failed(error)
@@ -503,14 +453,12 @@ def bury(actor, error):                             # every further call gets th
     actor.up.set()
     if actor.worker and not actor.worker.gone: end(actor.worker)
     else: actor.owner.loop.call_soon(actor.life.cancel)
-
 def on_kill(peer, aid, no_restart):
     actor = actors.get(aid)
     if actor and no_restart:
         bury(actor, ActorDiedError("the actor is dead: it was killed, or has left"))
     elif actor: end(actor.worker)
-def ask_actor(peer, name, exists, *fields):
-    """Which actor has this name; or it makes one, of these fields. `exists`: one that is there will do."""
+def ask_actor(peer, name, exists, *fields):     # the one of this name, if it may exist; or a new one
     for actor in actors.values():
         if name and actor.options["name"] == name and not actor.death:
             if exists: return actor.id, actor.options
@@ -518,7 +466,6 @@ def ask_actor(peer, name, exists, *fields):
     if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
     return fields[0], fields[7]
-
 # - nodes and placement groups -
 def ask_add_node(peer, cpus, gpus, resources):
     machines.append(Pool(node_total(cpus, range(gpus), resources)))
@@ -539,19 +486,18 @@ async def reserve(gid, bundles, strategy, value):
         await changed.wait()
     error = TaskUnschedulableError("the placement group was removed before it was placed")
     seal(gid, pack_small(error), failed=True)
-
 def on_remove_group(peer, gid):
     pools = groups.pop(gid, None) or []
     for worker in workers:
         if worker.grant and worker.grant[0] in pools:
             end(worker)
             if worker.actor: bury(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
-    give_up(pools)
+    for pool in pools: pool.node.change(pool.total, 1)
     look_again()
 
 # --- processes --------------------------------------------------------------------------------------------------------
 def start_python(function, env, tag, *args):
-    """A process that calls a function of this file, and a socket to it. Ctrl-C is the driver's alone: a new session."""
+    """A process that calls a function of this file, and a socket to it. Ctrl-C is the driver's: a new session."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     path = [*map(os.path.abspath, sys.path), os.path.dirname(os.path.abspath(__file__))]
     fd = theirs.fileno()
@@ -560,12 +506,10 @@ def start_python(function, env, tag, *args):
         process = subprocess.Popen([sys.executable, "-uc", code], pass_fds=[fd], env=os.environ | env | {TAG: tag},
                                    start_new_session=True, stdin=subprocess.DEVNULL)
     return process, ours
-
 def inherited(fd):
     os.set_inheritable(fd, False)                   # what it starts must not keep its socket open
     return socket.socket(fileno=fd)
-def end_tagged(tag):
-    """Ends all processes that inherited this tag in their environment, whatever session they have moved to."""
+def end_tagged(tag):                # ends all that inherited this in their environment, whatever session they are in
     found = True
     while found:                                    # one may just be starting another
         found = False
@@ -595,8 +539,7 @@ class ObjectRef:
         data, failed = self.arrived.result()
         value = unpack(data)
         if not failed: return value
-        try:
-            raise value
+        try: raise value
         finally:
             del value               # it has this frame in its traceback: no cycle, or views would live on
     def __await__(self):
@@ -604,10 +547,7 @@ class ObjectRef:
         return self.value()
     def hex(self): return f"{self.id:024x}"
     def __reduce__(self): return borrow, (self.id,)
-
-def borrow(oid):
-    """A ref that came inside of a value: the one that this process has, or a new one. Who sent it holds the object
-    until the hub has read this message."""
+def borrow(oid):                    # this process's ref, or a new one. Who sent it holds it until the hub has read this
     client = connected()
     ref = client.refs.get(oid)
     if ref is None:
@@ -616,8 +556,7 @@ def borrow(oid):
     return ref
 
 class Client:
-    """One socket to the hub. Any thread may send, and Ctrl-C may come at any time, as a packet is whole or not there.
-    One thread reads, and fulfils futures: so any number of threads and event loops may wait."""
+    """A socket to the hub. Any thread may send: a packet is whole or not there. One reads, and fulfils futures."""
     works, node, gpus = False, None, ()
     def __init__(self, sock, **known):
         vars(self).update(known)
@@ -628,8 +567,7 @@ class Client:
         self.spare = collections.deque(maxlen=4)                # those whose values are gone
         self.reader = threading.Thread(target=self.read, daemon=True)
     def send(self, *message):
-        try:
-            send_packet(self.sock, [message])
+        try: send_packet(self.sock, [message])
         except OSError as error:
             raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
     def ask(self, *question):
@@ -657,8 +595,7 @@ class Client:
         ref.ready = True
         ref.arrived.set_result((value, failed))
     def on_recycle(self, oid): self.spare.append(self.used.pop(oid))
-    def store(self, value, oid=None):
-        """(bytes, or a File for a large value; ids of the refs inside). The file of an object is used again."""
+    def store(self, value, oid=None):    # (bytes or a File, ids of the refs inside); with an id, to be recycled
         pieces, size, refs = pack(value)
         if size <= INLINE: return b"".join(pieces), refs
         file = self.find_file(size)
@@ -666,8 +603,7 @@ class Client:
         for piece in pieces: file.memory.write(piece)
         if oid: self.used[oid] = file
         return file, refs
-    def find_file(self, size):
-        """Pages that were used before if there are such: to write to fresh ones is ten times slower."""
+    def find_file(self, size):      # pages that were used before, if there are: fresh ones are ten times slower
         for file in list(self.spare):
             if size <= len(file.memory) <= 2 * size:
                 with contextlib.suppress(ValueError):           # another thread has it
@@ -675,7 +611,7 @@ class Client:
                     file.size = size
                     return file
         for _ in range(20):
-            free = int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0]) * 1024
+            free = int(Path("/proc/meminfo").read_text().split()[7]) * 1024     # MemAvailable
             if size < free:
                 file = File(size, os.memfd_create("actors"))
                 os.posix_fallocate(file.fd, 0, size)
@@ -688,13 +624,10 @@ class Client:
 # --- a worker's life --------------------------------------------------------------------------------------------------
 current = contextvars.ContextVar("current", default=None)           # the Task that runs here
 
-class Worker(Client):
-    """Runs tasks, or its actor's calls: one after the other, or in threads, or (an async actor) in an event loop."""
+class Worker(Client):               # runs tasks, or an actor's calls: one by one, in threads, or in an event loop
     works = True
     def live(self):
-        self.running = {}           # call's id -> asyncio task
-        self.cancelled = set()
-        self.inbox = queue.SimpleQueue()
+        self.running, self.cancelled, self.inbox = {}, set(), queue.SimpleQueue()       # running: id -> asyncio task
         self.begin = self.inbox.put
         self.reader.start()
         while True:
@@ -707,15 +640,14 @@ class Worker(Client):
         if self.plan["asynchronous"]:
             self.loop = asyncio.new_event_loop()
             self.slots = asyncio.Semaphore(most)
-            self.begin = lambda call: self.loop.call_soon_threadsafe(self.begin_async, call)
+            self.begin = functools.partial(self.loop.call_soon_threadsafe, self.begin_async)
             self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
             self.loop.run_forever()
         elif most > 1:
             self.begin = functools.partial(ThreadPoolExecutor(most).submit, self.execute)
     def end(self): os._exit(1)      # the hub is gone
     def on_run(self, *call): self.begin(Task(*call))
-    def on_cancel(self, tid):
-        """Soon, as a coroutine that has not begun could not even say so. Others are cancelled before they begin."""
+    def on_cancel(self, tid):       # soon: what has not begun could not even say so
         self.cancelled.add(tid)
         if tid in self.running:
             self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
@@ -731,8 +663,7 @@ class Worker(Client):
         del self.running[call.id]
     def execute(self, call):
         current.set(call)
-        try:
-            self.succeed(call, self.resolve(call)())
+        try: self.succeed(call, self.resolve(call)())
         except BaseException as error: self.fail(call, error)
     def resolve(self, call):        # what to call, with its arguments: refs among them have become their values
         if call.id in self.cancelled: raise asyncio.CancelledError
@@ -757,8 +688,7 @@ class Worker(Client):
         name, again = call.options["label"], call.options["retry_exceptions"]
         text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
         failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
-        if call.method == "__init__":
-            failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
+        if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
         if isinstance(error, asyncio.CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
         try:
             packed = pack_small(failure)
@@ -767,9 +697,7 @@ class Worker(Client):
         except Exception as problem:                # it cannot be sent, or not be made again: at least it can be read
             packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
         self.send("done", call.id, [], packed, again)
-
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
-
 @functools.cache
 def load(function): return borrow(function).value()
 def work(fd, node, gpus):           # the process of a worker
@@ -779,14 +707,11 @@ def work(fd, node, gpus):           # the process of a worker
 
 # --- the API, by Ray's names ------------------------------------------------------------------------------------------
 the_client = None
-
 def forget_client():                # a forked child must not speak on its parent's socket, nor keep it open
     global the_client
     if the_client: the_client.sock.close()
     the_client = None
-
 os.register_at_fork(after_in_child=forget_client)
-
 def connected():
     if the_client is None: init()
     return the_client
@@ -803,17 +728,14 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     cpus = len(os.sched_getaffinity(0)) if num_cpus is None else num_cpus
     total = node_total(cpus, visible_gpus(num_gpus), resources or {})
     session = secrets.token_hex(8)
-    hub, sock = start_python("serve", env_of(runtime_env), session, total)
+    hub, sock = start_python("serve", (runtime_env or {}).get("env_vars", {}), session, total)
     the_client = Client(sock, hub=hub, session=session)
     the_client.reader.start()
     return context
-
-def env_of(runtime_env): return (runtime_env or {}).get("env_vars") or {}
 def visible_gpus(count):            # their names: those of CUDA_VISIBLE_DEVICES, indices or UUIDs, or else 0, 1,
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None and count is None: count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     return visible.split(",")[:count] if visible else [str(i) for i in range(count or 0)]
-
 @atexit.register
 def shutdown():
     global the_client
@@ -824,7 +746,6 @@ def shutdown():
     client.reader.join()
     client.sock.close()
     put_once.cache_clear()
-
 def is_initialized(): return the_client is not None
 def put(value):
     client = connected()
@@ -833,7 +754,6 @@ def put(value):
     client.send("put", ref.id, stored, refs)
     client.on_value(ref.id, stored, False)
     return ref
-
 def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
     if not arrive(refs, len(refs), timeout):
@@ -846,13 +766,10 @@ def arrive(refs, count, timeout):
     if missing <= 0: return True
     client = connected()
     if client.works: client.send("blocked", 1)
-    try:
-        for _ in itertools.islice(as_completed(late, timeout), missing): missing -= 1
+    try: return bool(list(itertools.islice(as_completed(late, timeout), missing)))
     except LateError: return False
     finally:
         if client.works: client.send("blocked", -1)
-    return True
-
 def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     """(the first num_returns of those that are ready, all others), both in the order in which they came."""
     if refs and not 0 < num_returns <= len(set(refs)) == len(refs):
@@ -861,7 +778,6 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     ready = [ref for ref in refs if ref.ready][:num_returns]
     chosen = set(ready)
     return ready, [ref for ref in refs if ref not in chosen]
-
 def cancel(ref, *, force=False, recursive=True): connected().ask("cancel", ref.id)
 def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
 def exit_actor(): raise SystemExit(0)
@@ -877,7 +793,6 @@ DEFAULTS = {"num_cpus": None, "num_gpus": 0, "resources": {}, "runtime_env": {},
             "num_returns": 1, "max_retries": 3, "retry_exceptions": False, "name": None, "namespace": None,
             "get_if_exists": False, "lifetime": None, "max_concurrency": None, "max_restarts": 0, "max_task_retries": 0,
             "max_calls": 0, "memory": 0}            # the last two, and the namespace, are Ray's and ignored
-
 def checked(options):
     if unknown := options.keys() - DEFAULTS.keys():
         raise ValueError(f"unknown options {unknown}: choose from {list(DEFAULTS)}")
@@ -885,7 +800,6 @@ def checked(options):
     if isinstance(options.get("retry_exceptions"), (list, tuple)):      # packed, as the hub does not know these types
         options["retry_exceptions"] = pack_small(tuple(options["retry_exceptions"]))
     return options
-
 @functools.lru_cache(1000)
 def put_once(client, target): return put(target)         # a function or class is an object like any other
 
@@ -917,9 +831,9 @@ class Remote:                       # what can be called: a function, a class, o
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
         plan["shape"] = str((plan["demand"], plan["bundle"]))
         return plan
-    def remote(self, *args, **kwargs):
-        """The refs of the values; of a constructor: a handle of the actor, or of the one that has its name."""
-        client, plan = connected(), self.plan
+    def remote(self, *args, **kwargs):              # the refs of the values, or the handle of an actor
+        client = connected()
+        plan = self.plan
         stored, refs = client.store((args, kwargs))
         deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
         values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
@@ -932,27 +846,21 @@ class Remote:                       # what can be called: a function, a class, o
         return values[0] if len(values) == 1 else values or None
 
 class ActorHandle:                  # handle.method.remote(...) calls. The actor ends when no handle is left anywhere
-    def __init__(self, ref, plan):
-        self._ref, self._plan = ref, plan
+    def __init__(self, ref, plan): self._ref, self._plan = ref, plan
     def __getattr__(self, name):
         methods = self._plan["methods"] | {"__ray_ready__": {}}
         if name not in methods: raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
         return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
-
 def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or remote(function)
     return functools.partial(remote, **options) if target is None else Remote(target, checked(options))
 
 # --- where am I, and what is there? -----------------------------------------------------------------------------------
 class RuntimeContext:
     def get_node_id(self): return connected().node or nodes()[0]["NodeID"]
-    def get_task_id(self): return current.get() and f"{current.get().id:024x}"
     def get_actor_id(self): return current.get() and current.get().actor and f"{current.get().actor:024x}"
     def get_accelerator_ids(self): return {"GPU": list(connected().gpus)}
-    @property
-    def current_actor(self):        # the handle by which an actor calls itself, or gives itself to others
-        return ActorHandle(borrow(current.get().actor), connected().plan)
-
+    current_actor = property(lambda self: ActorHandle(borrow(current.get().actor), connected().plan))
 def get_runtime_context(): return RuntimeContext()
 def get_gpu_ids(): return [int(gpu) if gpu.isdigit() else gpu for gpu in connected().gpus]
 def nodes(): return connected().ask("nodes")
@@ -962,7 +870,6 @@ def sum_up(which):
     total = collections.Counter()
     for node in nodes(): total += collections.Counter(node[which])      # which forgets what is 0
     return {name: amount for name, amount in total.items() if "GPU:" not in name}
-
 class Cluster:                      # several nodes on one machine: each is a pool of resources with workers of its own
     address = "local"
     def __init__(self, initialize_head=True, connect=False, head_node_args=None):
@@ -977,7 +884,6 @@ class PlacementGroup:               # it lives until it is removed, or its drive
     bundle_specs: list
     def ready(self): return self.id
     def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
-
 def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
@@ -985,9 +891,7 @@ def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
     client.send("group", group.id.id, bundles, strategy, pack_small(group))
     return group
-
 def remove_placement_group(group): connected().send("remove_group", group.id.id)
-
 @dataclasses.dataclass
 class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
@@ -996,9 +900,7 @@ class PlacementGroupSchedulingStrategy:
 
 class ActorPool:                    # spreads calls over actors, one at a time on each
     def __init__(self, actors):
-        self.idle = list(actors)
-        self.waiting = []
-        self.busy = {}              # ref -> its actor, in the order of submission
+        self.idle, self.waiting, self.busy = list(actors), [], {}       # busy: ref -> its actor, as they were submitted
     def submit(self, fn, value):
         self.waiting.append((fn, value))
         self.push()
@@ -1025,8 +927,8 @@ class ActorPool:                    # spreads calls over actors, one at a time o
 
 # Ray's module names, so that `from actors.util import ActorPool` works: all are this one.
 util = exceptions = cluster_utils = actor = scheduling_strategies = sys.modules[__name__]
-for name in ("util", "util.actor_pool", "util.placement_group", "util.scheduling_strategies", "exceptions",
-             "cluster_utils", "actor"):
+for name in ("exceptions actor cluster_utils util util.actor_pool util.placement_group "
+             "util.scheduling_strategies").split():
     sys.modules[f"{__name__}.{name}"] = util
 
 # --- the demo, and how fast it is -------------------------------------------------------------------------------------
@@ -1036,10 +938,8 @@ class Counter:
     def add(self):
         self.count += 1
         return self.count
-
 class AsyncCounter:
     async def add(self): return 1
-
 def demo():
     with init(num_cpus=2):
         counter = remote(Counter).options(max_restarts=1).remote()
@@ -1048,7 +948,6 @@ def demo():
         again = get(counter.add.remote())
         print("it crashes, runs again, and counts from", again)
         assert again == 1
-
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
     start = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
@@ -1069,7 +968,6 @@ def measure(ray, large):            # how often a second a module with Ray's API
     note("put of 1 GiB", ray.put, importlib.import_module("numpy").ones(large, "u1"))
     ray.shutdown()
     return rates
-
 def table(names, large=1 << 30):
     columns = [measure(importlib.import_module(name), large) for name in names]
     print("how often a second:", *names)
