@@ -254,6 +254,7 @@ def on_ask(peer, oid, name, *args):                 # a question is an object wh
     try: answer = globals()["ask_" + name](peer, *args)
     except Exception as error: answer = error       # what makes no sense is the asker's problem
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
+
 # - objects: counted, shown, freed -
 def add(peer, oid):
     objects[oid] = Object(asyncio.Future())
@@ -293,6 +294,7 @@ def seal(oid, value, inside=(), maker=None, failed=False):  # the value is there
     obj.inside = inside
     obj.arrived.set_result((value, failed))
     release(hold([oid]))                            # maybe nobody wants it any more
+
 # - the life of a task -
 def on_submit(peer, *fields):
     task = tasks[fields[0]] = Task(*fields, fields, peer)
@@ -309,19 +311,18 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     attempt = run_alone if task.method in ("", "__init__") else run_call
     failure = None
     try: results = await attempt(task)
-    except asyncio.CancelledError:
-        failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
+    except asyncio.CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
     except Failed as error: failure = error
     if failure and failure.again and task.retries:
         task.retries -= 1
         task.life = asyncio.ensure_future(live(task))
         return
     if failure: results = [(failure.error, ())] * len(task.returns)
-    for oid, (value, inside) in zip(task.returns, results):
-        seal(oid, value, inside, task.worker, failure is not None)
+    for oid, (value, inside) in zip(task.returns, results): seal(oid, value, inside, task.worker, failure is not None)
     if task.method == "__init__": bury(task, failure.error)
     del tasks[task.id]
     release(task.refs)
+
 async def run_alone(task):          # a task; or an actor: its constructor, and then until the end of its process
     await arguments(task)
     async with lines.setdefault(task.options["shape"], asyncio.Lock()):
@@ -340,6 +341,7 @@ async def run_alone(task):          # a task; or an actor: its constructor, and 
         worker.single = True                        # it still runs the task, and ends
         raise
     finally: give_back(worker)
+
 async def run_call(task):
     actor = task.actor
     if actor is None: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
@@ -378,6 +380,7 @@ def ask_cancel(peer, oid):
         else:                                       # soon: what has not begun yet could not even say so
             task.retries = 0
             peer.loop.call_soon(task.life.cancel)
+
 # - resources and workers -
 def start(task):                    # takes resources and a worker. False if it has to wait for them
     demand = task.options["demand"]
@@ -427,6 +430,7 @@ def on_blocked(worker, change):     # what waits for a value lends its CPU, or n
         look_again()
 def end(worker):
     if worker and not worker.gone: worker.process.kill()
+
 def peer_died(worker):
     if not worker.process: return over.set()        # the driver
     worker.loop.remove_reader(worker.sock)
@@ -446,6 +450,7 @@ def peer_died(worker):
     for future in worker.replies.values():
         if not future.done(): future.set_exception(worker.gone)
     release(worker.holds.elements())
+
 # - actors: how they end, and their names -
 def bury(actor, error):                             # every further call gets this error
     actor.death = actor.death or Failed(error)
@@ -455,8 +460,7 @@ def bury(actor, error):                             # every further call gets th
     else: actor.owner.loop.call_soon(actor.life.cancel)
 def on_kill(peer, aid, no_restart):
     actor = actors.get(aid)
-    if actor and no_restart:
-        bury(actor, ActorDiedError("the actor is dead: it was killed, or has left"))
+    if actor and no_restart: bury(actor, ActorDiedError("the actor is dead: it was killed, or has left"))
     elif actor: end(actor.worker)
 def ask_actor(peer, name, exists, *fields):     # the one of this name, if it may exist; or a new one
     for actor in actors.values():
@@ -466,6 +470,7 @@ def ask_actor(peer, name, exists, *fields):     # the one of this name, if it ma
     if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
     return fields[0], fields[7]
+
 # - nodes and placement groups -
 def ask_add_node(peer, cpus, gpus, resources):
     machines.append(Pool(node_total(cpus, range(gpus), resources)))
@@ -568,8 +573,7 @@ class Client:
         self.reader = threading.Thread(target=self.read, daemon=True)
     def send(self, *message):
         try: send_packet(self.sock, [message])
-        except OSError as error:
-            raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
+        except OSError as error: raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
     def ask(self, *question):
         answer = ObjectRef(self, next(self.ids))
         self.send("ask", answer.id, *question)
@@ -649,10 +653,8 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
     def on_run(self, *call): self.begin(Task(*call))
     def on_cancel(self, tid):       # soon: what has not begun could not even say so
         self.cancelled.add(tid)
-        if tid in self.running:
-            self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
-    def begin_async(self, call):
-        self.running[call.id] = self.loop.create_task(self.execute_async(call))
+        if tid in self.running: self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
+    def begin_async(self, call): self.running[call.id] = self.loop.create_task(self.execute_async(call))
     async def execute_async(self, call):
         current.set(call)
         try:
@@ -756,8 +758,7 @@ def put(value):
     return ref
 def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
-    if not arrive(refs, len(refs), timeout):
-        raise GetTimeoutError(f"not all of {len(refs)} values were there in {timeout} s")
+    if not arrive(refs, len(refs), timeout): raise GetTimeoutError(f"{len(refs)} values were not there in {timeout} s")
     return [ref.value() for ref in refs]
 def arrive(refs, count, timeout):
     """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
