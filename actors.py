@@ -154,7 +154,7 @@ def node_total(cpus, gpus, resources):
     return {name: amount for name, amount in total.items() if amount}
 def place_bundles(bundles, strategy, nodes):
     """A pool for every bundle, or None. PACK wants few nodes, SPREAD many; STRICT_ insists on one, or on one each."""
-    attempts = [[node] for node in nodes if strategy.endswith("PACK")]
+    attempts = [[node] for node in nodes if "PACK" in strategy]
     if strategy != "STRICT_PACK": attempts.append(nodes)
     for attempt in attempts:
         pools = []
@@ -240,7 +240,7 @@ def serve(fd, total):               # the process of the hub. It ends when the d
         Peer(inherited(fd))         # its end of file is not enough: a child of the driver may hold the socket open
         asyncio.get_running_loop().add_reader(os.pidfd_open(os.getppid()), over.set)
         await over.wait()
-        end_tagged(os.environ[TAG] + "-")
+        end_tagged(f"{os.environ[TAG]}-")
         os._exit(0)
     asyncio.run(main())
 def hear(peer):
@@ -248,10 +248,10 @@ def hear(peer):
         for _ in range(100):                        # then it is the turn of others
             messages = receive(peer.sock)
             if not messages: return peer_died(peer)
-            for name, *args in messages: globals()["on_" + name](peer, *args)
+            for name, *args in messages: globals()[f"on_{name}"](peer, *args)
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
-    try: answer = globals()["ask_" + name](peer, *args)
+    try: answer = globals()[f"ask_{name}"](peer, *args)
     except Exception as error: answer = error       # what makes no sense is the asker's problem
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
 
@@ -450,7 +450,6 @@ def peer_died(worker):
     for future in worker.replies.values():
         if not future.done(): future.set_exception(worker.gone)
     release(worker.holds.elements())
-
 # - actors: how they end, and their names -
 def bury(actor, error):                             # every further call gets this error
     actor.death = actor.death or Failed(error)
@@ -470,7 +469,6 @@ def ask_actor(peer, name, exists, *fields):     # the one of this name, if it ma
     if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
     return fields[0], fields[7]
-
 # - nodes and placement groups -
 def ask_add_node(peer, cpus, gpus, resources):
     machines.append(Pool(node_total(cpus, range(gpus), resources)))
@@ -583,13 +581,13 @@ class Client:
         return ActorHandle(borrow(aid), options)
     def read(self):
         while messages := receive(self.sock):
-            for name, *args in messages: getattr(self, "on_" + name)(*args)
+            for name, *args in messages: getattr(self, f"on_{name}")(*args)
         for oid in list(self.refs.data):
             self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
         self.end()
     def end(self):                  # whatever the hub died of, nothing stays of what it had started
         self.hub.wait()
-        end_tagged(self.session + "-")
+        end_tagged(f"{self.session}-")
     def on_value(self, oid, value, failed):
         ref = self.refs.get(oid)
         if ref is None or ref.ready: return
@@ -672,7 +670,8 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         if isinstance(call.args, File): call.args = call.args.map()
         args, kwargs = unpack(call.args)
         kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
-        target = load(call.function) if call.function else getattr(self.instance, call.method, object)
+        if call.function: target = load(call.function)
+        else: target = getattr(self.instance, call.method, functools.partial(ray_call, self.instance))
         return functools.partial(target, *map(value_of, args), **kwargs)
     def succeed(self, call, result):
         count = len(call.returns)
@@ -686,7 +685,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         if isinstance(error, SystemExit):           # exit_actor(), too
             atexit._run_exitfuncs()
             self.send("kill", call.actor, True)
-            os._exit(error.code if isinstance(error.code, int) else 1)
+            os._exit(1)
         name, again = call.options["label"], call.options["retry_exceptions"]
         text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
         failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
@@ -699,6 +698,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         except Exception as problem:                # it cannot be sent, or not be made again: at least it can be read
             packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
         self.send("done", call.id, [], packed, again)
+def ray_call(instance, function=bool, *args, **kwargs): return function(instance, *args, **kwargs)
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
 @functools.cache
 def load(function): return borrow(function).value()
@@ -830,7 +830,7 @@ class Remote:                       # what can be called: a function, a class, o
         if isinstance(strategy, PlacementGroupSchedulingStrategy):
             index = strategy.placement_group_bundle_index
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
-        plan["shape"] = str((plan["demand"], plan["bundle"]))
+        plan["shape"] = f"{plan['demand']} {plan['bundle']}"
         return plan
     def remote(self, *args, **kwargs):              # the refs of the values, or the handle of an actor
         client = connected()
@@ -849,7 +849,7 @@ class Remote:                       # what can be called: a function, a class, o
 class ActorHandle:                  # handle.method.remote(...) calls. The actor ends when no handle is left anywhere
     def __init__(self, ref, plan): self._ref, self._plan = ref, plan
     def __getattr__(self, name):
-        methods = self._plan["methods"] | {"__ray_ready__": {}}
+        methods = self._plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
         if name not in methods: raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
         return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
