@@ -694,14 +694,14 @@ def program_named_actors(ray, path):
         except ValueError:
             return None
 
-    Named = act_counter(ray, name="one")
-    actor = Named.remote(5)
-    assert ray.get(Named.options(get_if_exists=True).remote().add.remote()) == 6
+    named = partial(act_counter, ray, name="one")
+    actor = named().remote(5)
+    assert ray.get(named(get_if_exists=True).remote().add.remote()) == 6
     with pytest.raises(ValueError):
-        Named.remote()
+        named().remote()
     ray.kill(actor)
     until(lambda: not find())
-    Named.options(lifetime="detached").remote()
+    named(lifetime="detached").remote()
     gc.collect()                                                # no handle is left, but it lives
     assert ray.get(find().add.remote()) == 1
 
@@ -813,7 +813,7 @@ def program_retries(ray, path):
 
     actor = act_counter(ray, max_restarts=-1).remote()
     assert tries(os._exit) == tries(os._exit, max_retries=-1) == 3
-    assert tries(os._exit, actor.run, max_task_retries=2) == 3
+    assert tries(os._exit, actor.run, max_task_retries=9) == 3
     assert tries(KeyError) == tries(KeyError, retry_exceptions=[OSError]) == tries(os._exit, max_retries=0) == 1
     for errors in (True, [LookupError]):
         assert tries(KeyError, retry_exceptions=errors) == 3
