@@ -9,6 +9,7 @@ import contextlib
 import copy
 import datetime as dt
 import gc
+import io
 import itertools
 import json
 import math
@@ -37,10 +38,11 @@ from unittest import mock
 
 import cloudpickle
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from pyarrow import feather, ipc
 from safetensors.numpy import load_file
 from transformers import AutoTokenizer
 
@@ -130,241 +132,251 @@ def write_jsonl(path, rows):
 
 # --- arrowlite.py ----------------------------------------------------------------------------------------------------
 
-pa = pytest.importorskip("pyarrow")
-ipc = pytest.importorskip("pyarrow.ipc")
-
-AL_DAY = dt.datetime(1969, 12, 31, 23)
-AL_ZONED = AL_DAY.replace(tzinfo=dt.timezone.utc)
-AL_VALUES = [                                       # types as pyarrow has them, and some values of each
-    (pa.null(), []),
-    (pa.bool_(), [True, False]),
-    (pa.int8(), [-128, 127]),
-    (pa.int64(), [-(2**63), 2**63 - 1]),
-    (pa.uint64(), [0, 2**64 - 1]),
-    (pa.float16(), [0.5, -2.0]),
-    (pa.float32(), [1.5, -0.25]),
-    (pa.float64(), [0.1, float("inf")]),
-    (pa.date32(), [dt.date(1960, 1, 1), dt.date(2100, 1, 1)]),
-    (pa.timestamp("us", "UTC"), [AL_ZONED]),
-    (pa.timestamp("ns"), [np.datetime64(-1, "ns"), np.datetime64(2**62, "ns")]),
-    (pa.duration("ms"), [dt.timedelta(-1), dt.timedelta(9, 9)]),
-    (pa.binary(3), [b"abc", b"\0\xff\0"]),
-    (pa.binary(0), [b""]),
-    (pa.binary(), [b"", b"a"]),
-    (pa.utf8(), ["", "é€😀"]),
-    (pa.large_utf8(), ["日本", "c"]),
-    (pa.string_view(), ["", "twelve bytes", "thirteen byte"]),
-    (pa.binary_view(), [b"", b"d" * 30]),
-    (pa.dictionary(pa.int8(), pa.utf8()), ["x", "y", "zebra"])]
-AL_STORED = {pa.string_view(): pa.large_utf8(), pa.binary_view(): pa.large_binary(),
-             pa.dictionary(pa.int8(), pa.utf8()): pa.utf8()}
+AL_TIME = dt.datetime(1969, 12, 31, 23, tzinfo=dt.timezone.utc)
+AL_DAY = AL_TIME.date()
+AL_VALUES = {                                       # types as pyarrow has them, and some values of each
+    pa.null(): [],
+    pa.bool_(): [True],
+    pa.int8(): [-128, 127],
+    pa.uint64(): [0, 2**64 - 1],
+    pa.float64(): [0.1, float("inf")],
+    pa.date32(): [AL_DAY],
+    pa.timestamp("us", "UTC"): [AL_TIME],
+    pa.duration("ms"): [dt.timedelta(9, 9)],
+    pa.binary(3): [b"abc"],
+    pa.binary(0): [b""],
+    pa.large_utf8(): ["", "é€😀"],
+    pa.string_view(): ["", "twelve bytes", "thirteen byte"],
+    pa.dictionary(pa.int8(), pa.utf8()): ["x", "zebra"],
+}
 
 
 def al_type(rng, depth=3):
-    """(a random type, the type as arrowlite writes it, a function that makes a value or None)"""
+    """(a random type, a function that makes a value of it or None)"""
+    kind = rng.choice(list(AL_VALUES))
+    values = [None, *AL_VALUES[kind]]
     if depth == 0 or rng.random() < 0.5:
-        kind, values = rng.choice(AL_VALUES)
-        return kind, AL_STORED.get(kind, kind), lambda: rng.choice([None, *values])
-    kind, stored, make = al_type(rng, depth - 1)
-    nest = rng.choice(["list", "large", "fixed", "struct"])
-    wrap = {"list": pa.list_, "large": pa.large_list, "fixed": lambda item: pa.list_(item, 2),
-            "struct": lambda item: pa.struct([("a", item), ("b", item)])}[nest]
-
-    def value():
-        if rng.random() < 0.2:
-            return None
-        if nest == "struct":
-            return {"a": make(), "b": make()}
-        return [make() for _ in range(2 if nest == "fixed" else rng.randrange(4))]
-    return wrap(kind), wrap(stored), value
-
-
-def al_plain(value):
-    """pyarrow's Python values in arrowlite's convention: nanoseconds are numpy's, float16 a float."""
-    if isinstance(value, dict):
-        return {name: al_plain(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [al_plain(x) for x in value]
-    if hasattr(value, "to_datetime64"):
-        return value.to_datetime64()
-    return value.item() if isinstance(value, np.float16) else value
+        return kind, lambda: rng.choice(values)
+    kind, make = al_type(rng, depth - 1)
+    wrap, value = rng.choice([
+        (pa.list_, lambda: [make() for _ in range(rng.randrange(4))]),
+        (pa.large_list, lambda: [make()]),
+        (lambda item: pa.list_(item, 2), lambda: [make(), make()]),
+        (lambda item: pa.struct({"a": item, "b": item}),
+         lambda: {"a": make(), "b": make()}),
+    ])
+    return wrap(kind), lambda: rng.choice([None, value(), value()])
 
 
 def al_table(seed):
-    """(a pyarrow table of chunks, one of them empty; its schema as arrowlite writes it; its rows in Python)"""
+    """(a random table of pyarrow's, of chunks, one of them empty; its rows in Python)"""
     rng = random.Random(seed)
-    kinds, stored, makers = zip(*[al_type(rng) for _ in range(6)])
+    kinds, makers = zip(*[al_type(rng) for _ in range(6)])
     schema = pa.schema(zip("abcdef", kinds), {"k": "v"})
-    chunks = [pa.table([[make() for _ in range(n)] for make in makers], schema) for n in (7, 0, 1, 20)]
+    chunks = []
+    for n in (7, 0, 1, 20):
+        columns = [[make() for _ in range(n)] for make in makers]
+        chunks.append(pa.table(columns, schema))
     table = pa.concat_tables(chunks).unify_dictionaries()
-    return table, pa.schema(zip("abcdef", stored), {"k": "v"}), al_plain(table.to_pylist())
+    return table, table.to_pylist()
 
 
-def al_save(table, path, stream=False, **options):
+def al_save(table, path, stream=False):
     new = ipc.new_stream if stream else ipc.new_file
-    with new(str(path), table.schema, options=ipc.IpcWriteOptions(**options)) as writer:
+    with new(str(path), table.schema) as writer:
         writer.write_table(table)
     return path
 
 
 def al_load(path, stream=False):
-    return (ipc.open_stream if stream else ipc.open_file)(str(path)).read_all()
+    reader = ipc.open_stream if stream else ipc.open_file
+    return reader(str(path)).read_all()
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("seed", range(25))
-def test_arrowlite_any_table_goes_through_pyarrow_and_back_unchanged(tmp_path, seed, stream):
-    theirs, stored, rows = al_table(seed)
-    ours = al.read(al_save(theirs, tmp_path / "theirs", stream))
-    assert ours.to_pylist() == rows == [ours[i] for i in range(len(rows))]
-    al.write(ours, tmp_path / "ours", stream=stream)
-    for written in (al_load(tmp_path / "ours", stream), pa.table(ours)):
-        written.validate(full=True)
-        assert written.schema.equals(stored, check_metadata=True)
-        assert al_plain(written.to_pylist()) == rows
+def test_arrowlite_any_table_goes_through_pyarrow_and_back_unchanged(tmp_path, seed):
+    theirs, rows = al_table(seed)
+    for stream in (False, True):
+        ours = al.read(al_save(theirs, tmp_path / "theirs", stream))
+        assert ours.to_pylist() == rows == [ours[i] for i in range(len(rows))]
+        al.write(ours, tmp_path / "ours", stream=stream)
+        loaded = al_load(tmp_path / "ours", stream)
+        for written in (loaded, pa.table(ours)):
+            written.validate(full=True)
+            assert written.to_pylist() == rows
+            assert written.schema.metadata == {b"k": b"v"}
+            assert al.Table.from_arrow(written).schema == ours.schema
     again = al.Table.from_pylist(rows, ours.schema)
-    assert again.schema == ours.schema
     assert again.to_pylist() == rows == pickle.loads(pickle.dumps(ours)).to_pylist()
     for start in range(0, len(rows), 5):
-        al.write(ours[start:start + 9], tmp_path / "part", stream=stream)
-        part = al_plain(al_load(tmp_path / "part", stream).to_pylist())
-        assert part == rows[start:start + 9] == al.Table.from_arrow(theirs.slice(start, 9)).to_pylist()
+        part = al.Table.from_arrow(theirs.slice(start, 9))
+        assert part.to_pylist() == rows[start:start + 9]
+        assert pa.table(ours.slice(start, 9)).to_pylist() == rows[start:start + 9]
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
     """Random selections on top of random selections, beside the same of row numbers."""
     rng = np.random.default_rng(seed)
-    theirs, _, rows = al_table(seed)
+    theirs, rows = al_table(seed)
     view = al.Table.from_arrow(theirs)
     numbers = np.arange(len(rows))
     for _ in range(5):
         n = len(numbers)
         mask = rng.random(n) < 0.8
         picks = rng.integers(-n, max(1, n), 40 * bool(n))
-        choices = [
+        view, numbers = [
             (view.select(picks), numbers[picks]),
             (view[3::2], numbers[3::2]),
             (view.filter(mask), numbers[mask]),
-            (view.shuffle(3), np.random.default_rng(3).permutation(numbers)),
-            (al.concat([view.slice(2), view.slice(0, 2)]), np.roll(numbers, -2))]
-        view, numbers = choices[rng.integers(5)]
+            (view.shuffle(3),
+             np.random.default_rng(3).permutation(numbers)),
+            (al.concat([view.slice(2), view.slice(0, 2)]),
+             np.roll(numbers, -2)),
+        ][rng.integers(5)]
     rows = [rows[i] for i in numbers]
-    assert view.to_pylist() == rows == list(view) == al_plain(pa.table(view).to_pylist())
-    assert view.to_pydict() == {name: [row[name] for row in rows] for name in theirs.column_names}
-    assert view.filter(lambda row: row["a"] is None).num_rows == view["a"].null_count
     al.write(view, tmp_path / "t")
-    assert al.read(tmp_path / "t").to_pylist() == rows
-    for wrong in (len(rows), -len(rows) - 1):
-        with pytest.raises(IndexError):
-            view.select([wrong])
+    written = al_load(tmp_path / "t")
+    assert view.to_pylist() == rows == list(view) == written.to_pylist()
+    assert view.filter(lambda row: row["a"] is None).num_rows == view["a"].null_count
+    for name, shown in view.to_pydict().items():
+        if isinstance(next(filter(None, shown), 0), list):
+            assert list(view[name].lengths()) == [len(row or []) for row in shown]
+            assert list(view[name].flatten()) == list(itertools.chain(*filter(None, shown)))
+    with pytest.raises(IndexError):
+        view.select([-len(rows) - 1])
 
 
 def test_arrowlite_values_take_their_natural_type():
-    for kind, values in {"null": [None], "bool": [True, None], "int64": [1, -(2**63)], "float64": [1, 0.5],
-                         "utf8": ["a"], "date32": [AL_DAY.date()], "timestamp[us]": [AL_DAY],
-                         "timestamp[us, UTC]": [AL_ZONED], "duration[us]": [dt.timedelta(1)],
-                         "list<list<int64>>": [[[1], None], []], "struct<a: binary>": [{"a": b"1"}, None]}.items():
+    for kind, values in {
+        "null": [None],
+        "bool": [True, None],
+        "int64": [1, -(2**63)],
+        "timestamp[us, UTC]": [AL_TIME],
+        "list<list<int64>>": [[[1], None], []],
+        "struct<a: binary, b: date32>": [{"a": b"1", "b": AL_DAY}, None],
+    }.items():
         assert al.array(values).type == kind
         assert al.array(values).to_pylist() == values
-    assert al.array([torch.ones(2), np.ones(1, "i2"), None]).type == "list<float32>"
-    assert np.isnan(al.array([1, None]).to_numpy()[1])
-    for code in "? i1 i8 u4 f2 f8 M8[ns] m8[ms]".split():
-        values = np.arange(6).astype("i8").astype(code).reshape(3, 2)
-        again = al.array(values).to_numpy()
+    assert al.array([torch.ones(2), np.ones(1, "i2")]).type == "list<float32>"
+    for code in "? i1 i8 u4 f2 f8 M8[us] M8[ns] m8[ms]".split():
+        values = np.arange(6).astype("i8").astype(code)
+        again = pa.table(al.Table.from_pydict({"x": values}))["x"].to_numpy()
         assert again.dtype == values.dtype
         assert (again == values).all()
+        pairs = values.reshape(3, 2)
+        assert (al.array(pairs).to_numpy() == pairs).all()
 
 
-@pytest.mark.parametrize("values, kind", [
-    ([2**64], None), ([1, "a"], None), ([True, 1], None), (["\ud800"], None), ("text", None),
-    ([AL_DAY, AL_DAY.date()], None), ([300], "int8"), ([1.5], "int64"), (["1"], "float64"), ([1e300], "float32"),
-    ([2**53 + 1], "float64"), ([b"abc"], "fixed_size_binary[2]"), (["ab"], "list<utf8>"), ([AL_DAY], "date32"),
-    ([[1]], "fixed_size_list<int8>[2]"), ([1], "null"), ([1], "no_such_type"), ([1], "list"), ([1], "timestamp[h]")])
-def test_arrowlite_a_value_that_would_change_is_refused(values, kind):
-    with pytest.raises(ValueError):
-        al.array(values, kind)
-
-
-def test_arrowlite_list_columns_tell_lengths_and_flatten_to_their_items():
-    rows = [[1, 2], None, [], [3, 4, 5]] * 100
-    table = al.concat([al.Table.from_pydict({"x": al.array(part, "list<int32>")}) for part in (rows, rows[:7])])
-    for view in (table, table[3:90], table.shuffle(1), table[:0], table.shuffle(1)[:0]):
-        column = view["x"]
-        shown = column.to_pylist()
-        assert column.lengths().tolist() == [len(row or []) for row in shown]
-        assert column.flatten().to_numpy().tolist() == [x for row in shown for x in row or []]
-        assert [row if row is None else row.tolist() for row in column.to_numpy()] == shown
-    pairs = al.array([[1, 2], None, [3, 4]], "fixed_size_list<int8>[2]")
-    assert pairs.lengths().tolist() == [2, 0, 2]
-    assert pairs.flatten().to_pylist() == [1, 2, 3, 4]
-    assert [tensor.tolist() for tensor in al.array([[1, 2], []]).to_torch()] == [[1, 2], []]
+def test_arrowlite_a_value_that_would_change_is_refused():
+    for kind, wrong in {
+        None: [
+            [2**64],
+            [1, "a"],
+            [True, 1],
+            ["\ud800"],
+            "text",
+            [AL_TIME, AL_DAY],
+        ],
+        "int8": [[300], [1.5]],
+        "float64": [["1"], [2**53 + 1]],
+        "fixed_size_binary[2]": [[b"abc"]],
+        "list<utf8>": [["ab"]],
+        "date32": [[AL_TIME.replace(tzinfo=None)]],
+        "null": [[1]],
+        "timestamp[h]": [[1]],
+        "no_such_type": [[1]],
+    }.items():
+        for values in wrong:
+            with pytest.raises(ValueError):
+                al.array(values, kind)
 
 
 def test_arrowlite_concat_finds_the_common_type_of_columns():
-    parts = [{"x": [None], "l": [[]]}, {"x": [1], "only": ["here"]}, {"x": [1.5], "l": [[1]], "s": [{"a": 1}]},
-             {"x": np.array([2], np.int8), "s": [{"b": "t"}]}]
-    whole = al.concat([al.Table.from_pydict(part) for part in parts])
-    assert whole["s"].type == "struct<a: int64, b: utf8>"
-    assert whole["x"].to_pylist() == [None, 1.0, 1.5, 2.0]
-    assert whole["l"].to_pylist() == [[], None, [1], None]
-    for pair, wanted in {"uint8 int8": "int16", "utf8 large_utf8": "large_utf8", "timestamp[s] timestamp[ns]":
-                         "timestamp[ns]", "list<int8> large_list<null>": "large_list<int8>"}.items():
-        tables = [al.Table.from_pylist([], {"x": kind}) for kind in pair.split()]
-        assert al.concat(tables)["x"].type == al.concat(tables[::-1])["x"].type == wanted
-    for a, b in ((True, 1), (1, "1"), ("1", b"1"), (AL_DAY, 1), (2**53 + 1, 0.5)):
+    rows = [
+        {"x": None, "l": [], "s": None},
+        {"x": 1, "l": None, "s": {"a": None, "b": "t"}},
+        {"x": 1.5, "l": [1], "s": {"a": 1, "b": None}},
+    ]
+    parts = [al.Table.from_pylist([row]) for row in rows]
+    parts.append(al.Table.from_pydict({"x": np.array([2], np.int8)}))
+    rows.append({"x": 2.0, "l": None, "s": None})
+    assert al.concat(parts).to_pylist() == rows
+    for a, b, wanted in (
+        ("uint8", "int8", "int16"),
+        ("timestamp[s]", "timestamp[ns]", "timestamp[ns]"),
+        ("list<int8>", "large_list<null>", "large_list<int8>"),
+    ):
+        tables = [al.Table.from_pylist([], {"x": kind}) for kind in (a, b)]
+        assert al.concat(tables)["x"].type == wanted
+        assert al.concat(tables[::-1])["x"].type == wanted
+    for wrong in (True, 2**53 + 1):
         with pytest.raises(ValueError, match="column 'x'"):
-            al.concat([al.Table.from_pydict({"x": [value]}) for value in (a, b)])
+            other = al.Table.from_pydict({"x": [wrong]})
+            al.concat([*parts, other])
 
 
 def test_arrowlite_map_merges_what_the_function_returns():
-    table = al.Table.from_pydict({"x": np.arange(300), "t": ["é" * (i % 5) for i in range(300)]})
+    texts = ["é" * (i % 5) for i in range(300)]
+    table = al.Table.from_pydict({"x": np.arange(300), "t": texts})
 
     def change(row):
-        return {"x": str(row["x"]), "y": 2} if row["x"] % 3 == 0 else {"x": "", "y": 0.5}
-    assert table.map(change, batch_size=77).to_pylist() == [row | change(row) for row in table]
-    assert table.map(lambda row: {"y": 1} if row["x"] else None)["y"].to_pylist() == [None] + [1] * 299
-    for size in (64, None):
-        longer = table.map(lambda batch: {"c": list("".join(batch["t"]))}, True, size, remove_columns=["x", "t"])
-        assert longer.to_pydict() == {"c": list("".join(table["t"].to_pylist()))}
+        return {"x": str(row["x"]), "y": 2 if row["x"] % 3 else 0.5}
+
+    def letters(batch):
+        return {"c": list("".join(batch["t"]))}
+    changed = table.map(change, batch_size=77)
+    assert changed.to_pylist() == [row | change(row) for row in table]
+    longer = table.map(letters, True, 64, ["x", "t"])
+    assert longer["c"].to_pylist() == list("".join(texts))
 
 
 def test_arrowlite_columns_can_be_added_renamed_dropped_and_split():
     table = al.Table.from_pylist([{"a": i, "b": str(i)} for i in range(50)])
-    changed = table.shuffle(1).with_column("n", range(50)).rename({"a": "A"}).drop("b")
-    assert changed.to_pylist() == [{"A": row["a"], "n": i} for i, row in enumerate(table.shuffle(1))]
+    shuffled = table.shuffle(1)
+    changed = shuffled.with_column("n", range(50)).rename({"a": "A"}).drop("b")
+    assert changed.column_names == ["A", "n"]
+    assert list(changed["A"]) == list(shuffled["a"])
     train, test = table.split(0.1, seed=7)
     assert len(test) == 5
-    assert sorted(train["a"].to_pylist() + test["a"].to_pylist()) == list(range(50))
+    assert {*train["a"], *test["a"]} == set(range(50))
     with pytest.raises(KeyError, match="there are: a, b"):
         table.drop("nope")
-    for method, wrong in (("filter", [True]), ("split", 51), ("select", [0.5]), ("select", [True] * 50),
-                          ("rename", {"a": "b"}), ("from_pydict", {"a": 1, "b": [1, 2]})):
+    for method, *wrong in (
+        ("split", 51),
+        ("select", [0.5]),
+        ("select", [True]),
+        ("rename", {"a": "b"}),
+        ("with_column", "c", [1]),
+    ):
         with pytest.raises(ValueError):
-            getattr(table, method)(wrong)
-    with pytest.raises(ValueError, match="different lengths"):
-        table.with_column("c", [1])
+            getattr(table, method)(*wrong)
 
 
 def test_arrowlite_jsonl_goes_in_and_out_unchanged(tmp_path):
-    rows = [{"t": 'é😀"\n\u2028', "i": 2**63 - 1, "f": 1.5, "l": [None, [1]], "o": {"k": True}}, dict.fromkeys("tiflo")]
+    row = {
+        "text": 'é😀"\n\u2028',
+        "int": 2**63 - 1,
+        "float": 1.5,
+        "list": [None, [1]],
+        "dict": {"k": True},
+    }
+    rows = [row, dict.fromkeys(row)]
     path = tmp_path / "x.jsonl"
-    path.write_text("\ufeff" + "\n\n".join(json.dumps(row) for row in rows))
+    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
     al.Table.from_jsonl(path).to_jsonl(path)
-    assert [json.loads(line) for line in open(path)] == rows == al.Table.from_jsonl(path).to_pylist()
-    for text, where in {'{"a": 1}\n\n{"a": oops}\n': "line 3", "[1]": "line 1", "[" * 9999: "line 1",
-                        '{"a": 1}\n{"a": "x"}': "column 'a'"}.items():
+    assert list(map(json.loads, open(path))) == rows
+    for text, where in (
+        ('{"a": 1}\n\n{"a": oops}\n', "line 3"),
+        ('{"a": 1}\n{"a": "x"}', "column 'a'"),
+    ):
         path.write_text(text)
         with pytest.raises(ValueError, match=f"x.jsonl.*{where}"):
             al.Table.from_jsonl(path)
 
 
-def al_growth(path):
-    """Megabytes of memory that opening and slicing a file adds."""
-    before = int(open("/proc/self/statm").read().split()[1])
-    table = al.read(path)
-    assert table[5_000_000:5_000_010]["x"].to_pylist()[0] == table["x"][5:].to_numpy()[4_999_995] == 5_000_000
-    return (int(open("/proc/self/statm").read().split()[1]) - before) * resource.getpagesize() >> 20
+def al_pages():
+    return int(open("/proc/self/statm").read().split()[1])
 
 
 def test_arrowlite_numbers_are_views_of_the_memory_map_and_are_lent_as_they_lie(tmp_path):
@@ -373,109 +385,125 @@ def test_arrowlite_numbers_are_views_of_the_memory_map_and_are_lent_as_they_lie(
     address = table["x"].to_numpy().ctypes.data
     assert pa.table(table)["x"].chunk(0).buffers()[1].address == address
     al.write(table, path)
-    assert in_child(al_growth, path) < 5
-    columns = {"x": range(1000), "l": [[i, i] for i in range(1000)], "m": np.zeros((1000, 4))}
-    al.write(al.Table.from_pydict(columns), path)
-    before = path.read_bytes()
+    before = al_pages()
+    part = al.read(path)[5_000_000:]
+    assert part["x"][7] == part.slice(5)["x"].to_numpy()[2]
+    assert (al_pages() - before) * mmap.PAGESIZE < 5 << 20
+    pairs = [[i, i] for i in range(1000)]
+    al.write(al.Table.from_pydict({"x": range(1000), "l": pairs}), path)
     table = al.read(path)
-    spans = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
-    for a in (table["x"].to_numpy(), table[7:50]["x"].to_torch().numpy(), table["l"].flatten().to_numpy(),
-              table["m"].to_numpy(), table["l"].to_numpy()[4]):
-        assert any(int(low, 16) <= a.ctypes.data < int(high, 16) for low, high in spans)
-    table["x"].to_torch()[0] = 99               # a write to private pages: neither a crash nor a change of the file
-    assert path.read_bytes() == before
+    lines = [line for line in open("/proc/self/maps") if str(path) in line]
+    maps = [line.split()[0].split("-") for line in lines]
+    for a in (
+        table["l"].flatten().to_numpy(),
+        table["l"].to_torch()[4].numpy(),
+        table[7:50]["x"].to_torch().numpy(),
+    ):
+        assert any(int(low, 16) <= a.ctypes.data < int(high, 16) for low, high in maps)
+    a[0] = 99                                   # a write to private pages: neither a crash nor a change of the file
+    assert al.read(path)["x"][7] == 7
 
 
 def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_path):
-    polars = pytest.importorskip("polars")
-    datasets = pytest.importorskip("datasets")
-    duckdb = pytest.importorskip("duckdb")
-    path = tmp_path / "t"
-    table = al.Table.from_pydict({"i": [1, None, 3], "text": ["a", None, "日本"], "l": [[1, 2], [], None]})
+    import datasets
+    import duckdb
+    import polars
+    path = str(tmp_path / "t")
+    table = al.Table.from_pydict({
+        "i": [1, None, 3],
+        "text": ["a", None, "日本"],
+        "l": [[1, 2], [], None],
+    })
     rows = table.to_pylist()
     al.write(table, path)
     frame = polars.DataFrame(table)
-    assert polars.read_ipc(path).to_dicts() == polars.scan_ipc(path).collect().to_dicts() == frame.to_dicts() == rows
-    frame = frame.with_columns(polars.col("text").cast(polars.Categorical).alias("c"))
+    assert polars.read_ipc(path).to_dicts() == frame.to_dicts() == rows
+    category = polars.col("text").cast(polars.Categorical)
+    frame = frame.with_columns(category.alias("c"))
+    assert al.Table.from_arrow(frame).to_pylist() == frame.to_dicts()
     for save in (frame.write_ipc, frame.write_ipc_stream):
         save(path)
-        assert al.read(path).to_pylist() == frame.to_dicts() == al.Table.from_arrow(frame).to_pylist()
+        assert al.read(path).to_pylist() == frame.to_dicts()
     al.write(table, path, stream=True)
-    assert datasets.Dataset.from_file(str(path)).to_list() == rows == al.read(path).to_pylist()
-    assert al.Table.from_arrow(duckdb.from_arrow(pa.table(table)).aggregate("max(i) y")).to_pylist() == [{"y": 3}]
-    code = "import sys; sys.modules['pyarrow'] = None; import arrowlite as al; table = al.read(sys.argv[1])\n"
-    code += "print(table.to_pylist()); al.Table.from_arrow(table)"
-    done = subprocess.run([sys.executable, "-c", code, path], cwd=HERE, capture_output=True, text=True)
-    assert done.stdout.strip() == str(rows)
-    assert "pip install pyarrow" in done.stderr
+    assert datasets.Dataset.from_file(path).to_list() == rows
+    result = duckdb.from_arrow(pa.table(table)).aggregate("max(i) y")
+    assert al.Table.from_arrow(result).to_pylist() == [{"y": 3}]
+    with mock.patch.dict(sys.modules, {"pyarrow": None}):
+        assert al.read(path).to_pylist() == rows
+        with pytest.raises(ImportError, match="pip install pyarrow"):
+            al.Table.from_arrow(table)
 
 
 def test_arrowlite_a_stream_may_end_without_its_mark_but_not_within_a_message(tmp_path):
-    path = al_save(pa.table({"x": [1, 2, 3]}), tmp_path / "t", stream=True)
+    path = tmp_path / "t"
+    table = al.Table.from_pydict({"x": [1, 2]})
+    al.write(table, path, stream=True)
     data = path.read_bytes()
     path.write_bytes(data[:-8])
-    assert al.read(path).to_pylist() == al_load(path, True).to_pylist() == [{"x": 1}, {"x": 2}, {"x": 3}]
-    for spoilt in (data[:-9], data[:100], b"", b"PAR1" + bytes(20), b"ARROW1\0\0", b'{"a": 1}\n'):
+    assert al.read(path).to_pylist() == table.to_pylist()
+    assert al_load(path, True).to_pylist() == table.to_pylist()
+    for spoilt in (data[:-9], b"", b"PAR1" + bytes(20), b"ARROW1\0\0"):
         path.write_bytes(spoilt)
         with pytest.raises(ValueError, match="t is not an Arrow file"):
             al.read(path)
 
 
 def test_arrowlite_types_are_what_they_are_made_of_or_refused_by_name(tmp_path):
-    one = al.Schema({"a: int64, b": "int64"})
-    zone = al.Schema({"a": al.Type("timestamp", unit="s", tz="UTC], b: timestamp[s, UTC")})
-    assert one.type != al.Schema({"a": "int64", "b": "int64"}).type
-    assert zone.type != al.Schema({"a": "timestamp[s, UTC]", "b": "timestamp[s, UTC]"}).type
-    twice = pa.StructArray.from_arrays([pa.array([1]), pa.array([2])], ["a", "a"])
-    for name, column in {"same name": twice, "decimal": [Decimal("1.5")], "time": [dt.time(1)],
-                         "date64": pa.array([AL_DAY.date()], pa.date64())}.items():
+    two = al.Schema({"a": "int64", "b": "int64"})
+    assert al.Schema({"a: int64, b": "int64"}) != two
+    for name, column in (
+        ("same name", pa.StructArray.from_arrays([[1], [2]], ["a", "a"])),
+        ("decimal", [Decimal("1.5")]),
+        ("date", pa.array([AL_DAY], pa.date64())),
+    ):
+        path = al_save(pa.table({"col": column}), tmp_path / "t")
         with pytest.raises(ValueError, match=f"'col'.*{name}"):
-            al.read(al_save(pa.table({"col": column}), tmp_path / "t"))
+            al.read(path)
+    feather.write_feather(pa.table({"x": [1] * 1000}), path)
     with pytest.raises(ValueError, match="compressed"):
-        al.read(al_save(pa.table({"x": [1] * 1000}), tmp_path / "t", compression="lz4"))
+        al.read(path)
 
 
-def test_arrowlite_what_may_not_be_null_is_not_written(tmp_path):
+def test_arrowlite_a_writer_takes_what_its_schema_holds(tmp_path):
     item = al.Field("item", "int8", nullable=False)
-    for kind, good, bad in (("list", [1], [None]), ("struct", {"item": 1}, {"item": None})):
-        schema = al.Schema([al.Field("x", al.Type(kind, (item,)))])
-        with al.Writer(tmp_path / "t", schema) as writer:
-            writer.write({"x": [good, None]})                               # below a null, null is fine
-            with pytest.raises(ValueError, match="nulls, which its schema forbids"):
-                writer.write({"x": [good, bad]})
-        written = al_load(tmp_path / "t")
-        assert written["x"].to_pylist() == [good, None]
-        assert "not null" in str(written.schema)
+    fields = {
+        "x": "float64",
+        "l": al.Type("list", [item]),
+        "s": al.Type("struct", [item]),
+    }
+    with al.Writer(tmp_path / "t", fields) as writer:
+        writer.write([{"x": 1, "l": [1], "s": {"item": 1}}])
+        writer.write({"s": [None]})                                         # below a null, null is fine
+        for bad in (
+            {"y": 1},
+            {"x": "text"},
+            {"l": [2**31]},
+            {"l": [None]},
+            {"s": {}},
+        ):
+            with pytest.raises(ValueError):
+                writer.write([bad])
+    written = al_load(tmp_path / "t")
+    assert written["l"].to_pylist() == [[1], None]
+    assert not written["s"].type["item"].nullable
 
 
 def test_arrowlite_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "t.arrow"
     table = al.Table.from_pydict({"x": np.arange(1000)})
     al.write(table, path)
-    with pytest.raises(KeyboardInterrupt):
-        with al.Writer(path, table.schema) as writer:
-            writer.write(table)
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), al.Writer(path, table.schema) as writer:
+        writer.write(table)
+        raise KeyboardInterrupt
     with pytest.raises(ValueError, match="bytes"):
         al.Table.from_pydict({"x": [b"a"]}).to_jsonl(path)
     assert os.listdir(tmp_path) == ["t.arrow"]
     mapped = al.read(path)
-    assert mapped.to_pylist() == table.to_pylist()
     al.write(mapped.shuffle(0), path)                                       # over the file that is mapped
     assert mapped["x"][999] == 999
-    assert al.read(path)["x"].to_pylist() == table.shuffle(0)["x"].to_pylist()
+    assert al.read(path)["x"][0] == table.shuffle(0)["x"][0]
     with pytest.raises(ValueError, match="device"):
         al.write(table, "/dev/null")
-
-
-def test_arrowlite_a_writer_takes_what_its_schema_holds(tmp_path):
-    with al.Writer(tmp_path / "t", {"x": "float64", "l": "list<int32>"}) as writer:
-        for rows in ([{"x": 1, "l": [1]}], {"l": [[2]]}, pa.table({"x": [2]})):
-            writer.write(rows)
-        for bad in ({"y": 1}, {"x": "text"}, {"l": [2**31]}):
-            with pytest.raises(ValueError):
-                writer.write([bad])
-    assert al.read(tmp_path / "t").to_pydict() == {"x": [1.0, None, 2.0], "l": [[1], [2], None]}
 
 
 def al_hammer(path, blobs):
@@ -488,61 +516,61 @@ def al_hammer(path, blobs):
         signal.alarm(10)
         with contextlib.suppress(ValueError):
             table = al.read(path)
-            table.to_pylist()
-            table.shuffle(0)[:5].to_pydict()
+            table.shuffle(0).to_pylist()
             pa.table(table)
             read += 1
-    return read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+    return read
 
 
-@pytest.mark.parametrize("rounds", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [
+    400,
+    pytest.param(10_000, marks=pytest.mark.slow),
+])
 @pytest.mark.parametrize("stream", [False, True])
 def test_arrowlite_spoilt_files_give_data_or_a_value_error(tmp_path, stream, rounds):
     rng = random.Random(rounds)
-    columns = {str(kind): pa.array([None, *values[:1]], kind) for kind, values in AL_VALUES[1:]}
-    columns |= {"l": [[None], [None]], "f": pa.array([[1, 2], None], pa.list_(pa.int8(), 2))}
+    pairs = pa.list_(pa.int8(), 2)
+    columns = {"l": pa.array([[1, 2], None], pairs)}
+    for kind, values in AL_VALUES.items():
+        values = [None, None, *values][-2:]
+        columns[str(kind)] = pa.array(values, kind)
     data = al_save(pa.table(columns), tmp_path / "t", stream).read_bytes()
     blobs = [data[:n] for n in range(0, len(data), 10_000 // rounds)]
     for _ in range(rounds):
         spoilt = bytearray(data)
-        for _ in range(rng.randrange(1, 4)):
+        for _ in range(2):
             at = rng.randrange(len(data) - 8) & ~3
-            number = rng.choice([rng.randbytes(1), b"\xff" * 8, bytes(5) + b"\1\0\0", b"\xff\xff\xff\x7f", bytes(4)])
+            number = rng.choice([
+                rng.randbytes(1),
+                b"\xff" * 8,
+                b"\xff\xff\xff\x7f",
+                b"\0\0\0\0\0\1\0\0",
+                bytes(4),
+            ])
             spoilt[at:at + len(number)] = number
-        blobs.append(bytes(spoilt))
-    read, megabytes = in_child(al_hammer, tmp_path / "x", blobs, timeout=500)
+        blobs.append(spoilt)
+    read = in_child(al_hammer, tmp_path / "x", blobs, timeout=500)
     assert rounds // 20 < read < rounds * 19 // 20
-    assert megabytes < 100
-
-
-@pytest.mark.parametrize("column", [pa.nulls(12345), pa.array([[None] * 12345]), pa.array(range(12345))])
-def test_arrowlite_forged_counts_are_refused(tmp_path, column):
-    data = al_save(pa.table({"x": column}), tmp_path / "t", stream=True).read_bytes()
-    honest = struct.pack("<q", 12345)
-    assert honest in data
-    blobs = [data.replace(honest, struct.pack("<q", forged)) for forged in (2**20, 2**40, 2**62, -1, -(2**63))]
-    assert in_child(al_hammer, tmp_path / "t", blobs)[0] == 0
 
 
 def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
-    """At each of 40 levels member b gets the members of its sister a: 2**40 fields in a few thousand bytes."""
-    kind = pa.int8()
+    """Members a and b of each of 40 levels have the same members: 2**40 fields in a few thousand bytes."""
+    fields = b""
     for _ in range(40):
-        kind = pa.struct([("a", kind), ("b", pa.struct([("x", pa.int8())]))])
-    data = bytearray(al_save(pa.table({"x": pa.array([], kind)}), tmp_path / "t", stream=True).read_bytes())
-    node = al.Flat(bytes(data[8:])).table(2).tables(1)[0]
-    while len(members := node.tables(5)) == 2:
-        node, twin = members
-        if node.place(5):
-            target = node.vector(5)[0] - 4
-            struct.pack_into("<I", data, 8 + twin.place(5), target - twin.place(5))
-    assert in_child(al_hammer, tmp_path / "t", [bytes(data)], timeout=10)[0] == 0
+        a, b = [al.pack(al.FIELD, al.items(name), 1, 13, al.pack(""), None, b"")
+                for name in (b"a", b"b")]
+        struct.pack_into("<I", a, 48, len(a) + len(b) - 44)             # its members come after those of b
+        fields += struct.pack("<4I", 4, 2, 12, 8 + len(a)) + a + b
+    fields += al.vector([])
+    schema = al.pack(al.SCHEMA_TABLE, None, fields)
+    stream = al.message(al.SCHEMA, schema)
+    assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
 
 
-def test_arrowlite_the_demo_runs_and_files_can_be_looked_into(tmp_path):
-    al.write(al.Table.from_pydict({"a": [1, None]}), tmp_path / "t")
-    for path, shown in (([], "1 shuffled row"), ([tmp_path / "t"], "2 rows")):
-        assert shown in subprocess.check_output([sys.executable, HERE / "arrowlite.py", *path], text=True)
+def test_arrowlite_the_demo_runs(capsys):
+    al.demo(100)
+    assert "1 shuffled row" in capsys.readouterr().out
 
 
 # --- actors.py -------------------------------------------------------------------------------------------------------
@@ -1174,68 +1202,81 @@ def kn_ends(lengths, device="cpu"):
 def kn_relative(a, b):
     a = a.double().cpu()
     b = b.double().cpu()
-    return ((a - b).norm() / b.norm().clamp(min=1e-300)).item() if a.isfinite().all() else math.inf
+    if not a.isfinite().all():
+        return math.inf
+    return ((a - b).norm() / b.norm().clamp(min=1e-300)).item()
 
 
 def kn_run(function, inputs):
-    """Outputs, and gradients for arbitrary upstream gradients."""
+    """Outputs, and gradients for arbitrary upstream gradients, if there are any."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     outs = function(*inputs)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    seeds = [torch.linspace(0, 99, y.numel(), dtype=torch.float64).sin().view(y.shape).to(y) for y in outs]
-    return [*outs, *torch.autograd.grad(outs, inputs, seeds)] if inputs else list(outs)
+    if not outs[0].requires_grad:
+        return outs
+    seeds = [torch.linspace(0, 99, y.numel(), dtype=torch.float64) for y in outs]
+    seeds = [seed.sin().view(y.shape).to(y) for seed, y in zip(seeds, outs)]
+    return *outs, *torch.autograd.grad(outs, inputs, seeds)
 
 
-def kn_paged(lengths, heads, kv, dim, page, make):
-    """q, the pages of a cache in any order, what no sequence owns NaN, and where its tokens are."""
+def kn_pages(lengths, kv, dim, page, make):
+    """Keys and values in pages in any order, NaN where no sequence has any, and the table of pages."""
     width = -(-max(lengths) // page)
     table = torch.randperm(len(lengths) * width).view(len(lengths), width).int()
     cache = torch.full((2, table.numel() * page, kv, dim), math.nan)
-    for i, length in enumerate(lengths):
+    for pages, length in zip(table, lengths):
         token = torch.arange(length)
-        cache[:, table[i, token // page] * page + token % page] = make(2, length, kv, dim).to(cache)
-    cache = cache.view(2, -1, page, kv, dim).to(make(1))
-    return make(len(lengths), heads, dim), *cache, table.to(cache.device), kn_ends(lengths, cache.device).diff()
+        cache[:, pages[token // page] * page + token % page] = make(2, length, kv, dim).float().cpu()
+    return cache.view(2, -1, page, kv, dim).to(make(1)), table
 
 
 def kn_cases(device="cpu", dtype=torch.float32):
     """name: an operation, and what goes into it and gets gradients."""
     random = torch.Generator().manual_seed(0)
+    cases = {}
 
     def make(*shape):
         return torch.randn(*shape, generator=random).to(device, dtype)
 
-    cases = {}
-    for dim, heads, kv, lq, lk in [(64, 4, 2, [1, 7, 63, 64, 65], None), (128, 8, 1, [65, 0, 7], None),
-                                   (32, 2, 2, [130], None), (64, 2, 1, [70, 1, 20], [131, 64, 20])]:
-        a = kn_ends(lq, device)
-        b = kn_ends(lk or lq, device)
-        inputs = [make(sum(lq) + 3, heads, dim), *make(2, sum(lk or lq), kv, dim)]      # and 3 tokens of no sequence
-        cases[f"flash_attention {dim} {heads}/{kv} {lq}"] = partial(K.flash_attention, cu_seqlens_q=a,
-                                                                    cu_seqlens_k=b), inputs
+    for dim, heads, kv, queries, keys in (
+        (64, 4, 2, [1, 63, 65], None),
+        (128, 4, 1, [65, 0, 7], None),
+        (32, 2, 2, [130], None),
+        (64, 2, 1, [70, 1, 20], [131, 64, 20]),
+    ):
+        keys = keys or queries
+        inputs = make(sum(queries) + 3, heads, dim), *make(2, sum(keys), kv, dim)       # 3 tokens are of no sequence
+        attend = partial(K.flash_attention, cu_seqlens_q=kn_ends(queries, device), cu_seqlens_k=kn_ends(keys, device))
+        cases[f"flash_attention {dim} {queries}"] = attend, inputs
     for width in (128, 576):
-        cases[f"rms_norm {width}"] = K.rms_norm, [make(2, 5, width), make(width)]
-        cases[f"rms_norm, residual {width}"] = (lambda x, w, r: K.rms_norm(x, w, 1e-6, r),
-                                                [make(5, width), make(width), make(5, width)])
+        weight = make(width)
+        residual = lambda x, w, r: K.rms_norm(x, w, 1e-6, r)                                    # noqa: E731
+        cases[f"rms_norm {width}"] = K.rms_norm, [make(2, 5, width), weight]
+        cases[f"residual {width}"] = residual, [make(37, width), weight, make(37, width)]
         cases[f"swiglu {width}"] = K.swiglu, [make(2, 3, 2 * width)]
-    for heads, kv, dim in ((6, 2, 64), (1, 1, 128)):
+    for heads, kv, dim in ((6, 3, 64), (1, 1, 128)):
         angles = torch.randn(50, dim // 2, generator=random).to(device)
-        rest = heads, kv, angles.cos(), angles.sin(), torch.arange(13, device=device) * 29 % 50
-        qkv = make(13, (heads + 2 * kv) * dim)
+        at = torch.arange(5, device=device) * 29 % 50
+        rest = heads, kv, angles.cos(), angles.sin(), at
         turn = lambda x, *norms, rest=rest: K.qkv_rotary(x, *rest, *norms)                      # noqa: E731
-        cases[f"qkv_rotary {heads}/{kv}, norms"] = turn, [qkv, make(dim), make(dim)]
-        cases[f"qkv_rotary {heads}/{kv}"] = turn, [qkv]
-    for rows, vocab, width in ((70, 600, 80), (1, 257, 64), (130, 1000, 576)):
-        targets = (torch.arange(rows) * 37 % vocab).to(device)
+        qkv = make(5, (heads + 2 * kv) * dim)
+        cases[f"qkv_rotary {heads}, norms"] = turn, [qkv, make(dim), make(dim)]
+        cases[f"qkv_rotary {heads}"] = turn, [qkv]
+    for rows, vocab, width in ((70, 600, 80), (1, 257, 64), (130, 1000, 96)):
+        targets = torch.arange(rows, device=device) * 37 % vocab
         targets[3::5] = -100
-        heat = torch.linspace(0.5, 1.5, rows).to(device) if rows > 100 else 0.7
-        cases[f"linear_cross_entropy {vocab}"] = (partial(K.linear_cross_entropy, targets=targets, temperature=heat),
-                                                  [make(rows, width), make(vocab, width) * 0.2])
-    for splits, heads, kv, dim, page, lengths in ((None, 6, 3, 64, 16, [1, 7, 64, 65, 200, 0]),
-                                                  (1, 8, 1, 64, 4, [63, 0, 130]), (4, 4, 4, 128, 256, [1000, 3])):
-        q, k, v, table, lens = kn_paged(lengths, heads, kv, dim, page, make)
-        call = lambda *x, rest=(table, lens, None, splits): K.paged_attention(*x, *rest)        # noqa: E731
-        cases[f"paged_attention {dim} {page} {splits}"] = call, [q, k, v]
+        heat = torch.linspace(0.5, 1.5, rows, device=device) if rows > 100 else 0.7
+        head = partial(K.linear_cross_entropy, targets=targets, temperature=heat)
+        cases[f"linear_cross_entropy {vocab}"] = head, [make(rows, width), make(vocab, width) * 0.2]
+    for splits, heads, kv, dim, page, lengths in (
+        (None, 6, 3, 64, 16, [1, 7, 64, 65, 200, 0]),
+        (1, 8, 1, 64, 4, [63, 0, 130]),
+        (4, 4, 4, 128, 256, [1000, 3]),
+    ):
+        cache, table = kn_pages(lengths, kv, dim, page, make)
+        rest = table.to(device), torch.tensor(lengths, device=device).int(), None, splits
+        attend = lambda *x, rest=rest: K.paged_attention(*x, *rest).detach()                    # noqa: E731
+        cases[f"paged_attention {page} {splits}"] = attend, [make(len(lengths), heads, dim), *cache]
     return cases
 
 
@@ -1243,39 +1284,45 @@ def kn_errors(device="cpu", dtype=torch.float32):
     """Of every case: the worst error against the same operation in fp64, which is its reference."""
     errors = {}
     for name, (function, inputs) in kn_cases(device, dtype).items():
-        run = (lambda f, x: [f(*x)]) if "paged" in name else kn_run
-        pairs = zip(run(function, inputs), run(function, [x.double() for x in inputs]))
+        pairs = zip(kn_run(function, inputs), kn_run(function, [x.double() for x in inputs]))
         errors[name] = max(kn_relative(a, b) for a, b in pairs)
     return errors
 
 
 def kn_samples(device="cpu"):
     """Whether kernel and reference draw the same tokens, under every kind of limit, among them those at the edges."""
-    temperature = torch.linspace(0.3, 1.5, 24)
-    top_k = torch.arange(24) * 29 - 1
-    top_p = torch.linspace(0.2, 1, 24)
-    temperature[:2], top_k[2], top_p[3], top_k[4], top_p[5] = 0, 1, 1e-9, 705, 1
-    settings = temperature, top_k, top_p, torch.arange(24) * 10**15 - 10**16, torch.arange(24) * 1000
-    logits = torch.randn(24, 700, generator=torch.Generator().manual_seed(1)) * 3
+    row = torch.arange(16)
+    temperature = torch.linspace(0.3, 1.5, 16).where(row > 1, 0)
+    top_k = (row * 59 - 1).where(row != 2, 1)                           # none, 1, up to all, more than all
+    top_p = torch.linspace(0.2, 1, 16).where(row != 3, 1e-9)
+    settings = temperature, top_k, top_p, row * 10**15 - 10**16, row * 1000
+    logits = torch.randn(16, 700, generator=torch.Generator().manual_seed(1)) * 3
     ours = K.sample(logits.to(device), *(x.to(device) for x in settings), return_full=True)
-    theirs = K.sample_reference(logits, *settings)
+    theirs = K.sample(logits.double(), *settings, return_full=True)
     return all(torch.allclose(a.cpu(), b, atol=1e-5) for a, b in zip(ours, theirs))
+
+
+def kn_stored(device="cpu"):
+    cache = torch.zeros(2, 80, 3, 64, device=device)
+    new = torch.randn(4, 6, 64, device=device)
+    slots = torch.tensor([3, -1, 79, 16], device=device)
+    K.store_kv(new[:, :3], new[:, 3:], *cache.view(2, 5, 16, 3, 64), slots)
+    new[1] = new[2]                                                     # -1 is nowhere; read, it is the last slot
+    return torch.equal(torch.cat([*cache[:, slots]], 1), new) and cache.count_nonzero().item() == 3 * 6 * 64
 
 
 def kn_interpreted():
     torch.set_num_threads(1)
-    cache = torch.zeros(2, 5, 16, 3, 64)
-    new = torch.randn(4, 6, 64)
-    K.store_kv(new[:, :3], new[:, 3:], *cache, torch.tensor([3, -1, 79, 16]))
-    stored = torch.zeros(80, 6, 64).index_copy(0, torch.tensor([3, 79, 16]), new[[0, 2, 3]])
-    stored = torch.equal(torch.cat(list(cache.view(2, 80, 3, 64)), 1), stored)
-    print(json.dumps([K.INTERPRET, kn_errors(), kn_samples(), stored]))
+    K.SLICE_BYTES = 2**17           # the gradient of the head in several slices
+    K.PROCESSORS = 2                # programs that walk over several rows
+    print(json.dumps([K.INTERPRET, kn_errors(), kn_samples(), kn_stored()]))
 
 
 def test_interpreted_kernels_equal_fp64():
     code = f"import {Path(__file__).stem} as tests; tests.kn_interpreted()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     child = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, timeout=600,
-                           env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+                           env=environment)
     assert child.returncode == 0, child.stderr[-3000:]
     interpreted, errors, same_samples, stored = json.loads(child.stdout.splitlines()[-1])
     assert interpreted and len(errors) > 15 and same_samples and stored
@@ -1287,82 +1334,75 @@ def test_interpreted_kernels_equal_fp64():
 def test_kernels_on_the_gpu_equal_fp64(dtype, bound):
     errors = kn_errors("cuda", dtype)
     assert max(errors.values()) < bound, errors
-    assert kn_samples("cuda")
-    assert max(kn_chi_square("cuda", *limits) for limits in KN_LIMITS) < 26
+    assert kn_samples("cuda") and kn_stored("cuda")
+    assert kn_chi_square("cuda") < 26
 
 
-def kn_head(hidden, weight, targets, temperature):
-    logp = (hidden @ weight.T / temperature).log_softmax(-1)
+def kn_head(hidden, weight, targets):
+    logp = (hidden @ weight.T / 0.7).log_softmax(-1)
     live = targets >= 0
-    return logp.gather(1, targets.clamp(min=0)[:, None])[:, 0] * live, -(logp.exp() * logp).sum(-1) * live
+    logprob = logp.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return logprob * live, -(logp.exp() * logp).sum(-1) * live
 
 
 def kn_sharded():
     """On each rank: the errors of results and gradients when it holds a slice of the vocabulary."""
     torch.manual_seed(0)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if ranks > 1 else 0
+    group = dist.group.WORLD if dist.is_initialized() else None
+    ranks = dist.get_world_size() if group else 1
+    rank = dist.get_rank() if group else 0
     hidden = torch.randn(20, 16, dtype=torch.float64)
     words = torch.randn(102, 16, dtype=torch.float64).chunk(ranks)
     targets = torch.arange(20) * 7 % 102
     targets[::6] = -100
-    group = dist.group.WORLD if ranks > 1 else None
     ours = kn_run(lambda h, w: K.linear_cross_entropy(h, w, targets, 0.7, group), [hidden, words[rank]])
-    want = kn_run(lambda h, *w: kn_head(h, torch.cat(w), targets, 0.7), [hidden, *words])
-    last = K.linear_cross_entropy(hidden[:3], words[rank], torch.tensor([60, 102, -1]), group=group)[0]
-    assert last.isnan().tolist() == [False, True, False]                            # 102 is no word
+    want = kn_run(lambda h, *w: kn_head(h, torch.cat(w), targets), [hidden, *words])
+    beyond, _ = K.linear_cross_entropy(hidden[:2], words[rank], torch.tensor([101, 102]), group=group)
+    assert beyond.isnan().tolist() == [False, True]                                 # 102 is no word
     return max(map(kn_relative, ours, [*want[:3], want[3 + rank]]))
 
 
 def test_logprob_and_entropy_are_those_of_the_softmax_on_one_process_and_on_two():
-    assert kn_sharded() < 1e-12 and max(on_ranks(2, kn_sharded)) < 1e-12
+    assert kn_sharded() < 1e-12
+    assert max(on_ranks(2, kn_sharded)) < 1e-12
 
 
-def test_a_large_vocabulary_in_slices_has_the_same_gradient(monkeypatch):
-    hidden = torch.randn(50, 64)
-    weight = torch.randn(1500, 64)
-    run = partial(kn_run, partial(K.linear_cross_entropy, targets=torch.arange(50)), [hidden, weight])
-    whole = run()
-    monkeypatch.setattr(K, "SLICE_BYTES", 50 * 4 * 512)
-    assert max(map(kn_relative, run(), whole)) < 1e-6
-
-
-def kn_chi_square(device, temperature, top_k, top_p, n=50_000):
+def kn_chi_square(device="cpu", n=50_000):
     """How far the frequencies of sampled tokens are from those of the distribution, and that their logprobs are not."""
-    logits = torch.tensor([0.5, 2.0, -1.0, 1.0, 0.0, -3.0])
-    full = (logits / temperature).softmax(0)
-    order = full.argsort(descending=True)
-    p = full.clone()
-    p[order[top_k if top_k > 0 else 6:]] = 0
-    p /= p.sum()
-    p[order[p[order].cumsum(0) - p[order] >= top_p]] = 0
-    p /= p.sum()
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
+    many = logits.expand(n, 6).to(device)
     seeds = torch.full((n,), 7, device=device)
-    tokens, logprobs, all_logprobs = (x.cpu() for x in K.sample(
-        logits.expand(n, 6).to(device), temperature, top_k, top_p, seeds, torch.arange(n, device=device), True))
-    assert torch.allclose(logprobs, p.log()[tokens], atol=1e-5)
-    assert torch.allclose(all_logprobs, full.log()[tokens], atol=1e-5)
-    counts = torch.bincount(tokens, minlength=6)
-    return ((counts - n * p).square() / (n * p))[p > 0].sum()
-
-
-KN_LIMITS = [(1.0, -1, 1.0), (0.6, -1, 1.0), (1.3, 3, 1.0), (1.0, -1, 0.7), (0.9, 4, 0.8)]
+    positions = torch.arange(n, device=device)
+    worst = 0
+    limits = (1, -1, 1, 6), (0.6, -1, 1, 6), (1.3, 3, 1, 3), (1, -1, 0.7, 2), (0.9, 4, 0.8, 2)
+    for temperature, top_k, top_p, left in limits:                      # left: how many tokens
+        full = (logits / temperature).log_softmax(0)
+        kept = (logits / temperature)[:left].log_softmax(0)
+        outs = K.sample(many, temperature, top_k, top_p, seeds, positions, return_full=True)
+        tokens, logprobs, full_logprobs = (x.cpu() for x in outs)
+        assert torch.allclose(logprobs, kept[tokens], atol=1e-5)
+        assert torch.allclose(full_logprobs, full[tokens], atol=1e-5)
+        expected = n * kept.exp()
+        counts = torch.bincount(tokens, minlength=left)
+        worst = max(worst, ((counts - expected).square() / expected).sum())
+    return worst
 
 
 def test_samples_have_the_frequencies_of_the_distribution():
-    assert max(kn_chi_square("cpu", *limits) for limits in KN_LIMITS) < 26      # 5 degrees of freedom: one in 10,000
+    assert kn_chi_square() < 26                                         # 5 degrees of freedom: one in 10,000
 
 
 def test_a_request_gets_the_same_tokens_in_any_batch():
+    rows = torch.arange(12)
     logits = torch.randn(12, 300)
     logits[:4, [7, 250]] = 9
-    heat = torch.linspace(0.2, 1.5, 12).where(torch.arange(12) > 3, 0)
-    settings = heat, torch.arange(12) * 20, torch.linspace(0.3, 1, 12), torch.arange(12) - 3, torch.arange(12) * 9
+    heat = torch.linspace(0.2, 1.5, 12).where(rows > 3, 0)
+    settings = heat, rows * 20, torch.linspace(0.3, 1, 12), rows - 3, rows * 9
     tokens, logprobs = K.sample(logits, *settings)
     assert tokens[:4].tolist() == [7] * 4 and logprobs[:4].tolist() == [0] * 4      # greedy: the first of the largest
-    for rows in ([5], [11, 2, 6]):
-        again = K.sample(logits[rows], *(x[rows] for x in settings))
-        assert torch.equal(again[0], tokens[rows]) and torch.equal(again[1], logprobs[rows])
+    for some in ([5], [11, 2, 6]):
+        again = K.sample(logits[some], *(x[some] for x in settings))
+        assert torch.equal(again[0], tokens[some]) and torch.equal(again[1], logprobs[some])
     moved = K.sample(logits, *settings[:4], settings[4] + 1)[0]
     assert (moved != tokens).sum() >= 3                                             # another position, another draw
 
@@ -1378,20 +1418,22 @@ def test_a_query_gets_the_same_bits_alone_in_a_chunk_and_from_pages(dim, group):
     q = make(sum(lengths), 2 * group, dim)
     k, v = make(2, sum(lengths), 2, dim)
     ends = kn_ends(lengths, "cuda")
+    last = ends[1:] - 1
     packed = K.flash_attention(q, k, v, ends)
+    token = torch.cat([torch.arange(n) for n in lengths]).cuda()
+    row = torch.arange(len(lengths), device="cuda").repeat_interleave(ends.diff())
     for page in (16, 100):
         width = 5000 // page + 1
         table = torch.randperm(len(lengths) * width, device="cuda").int().view(len(lengths), width)
         cache = make(2, table.numel(), page, 2, dim)
-        token = torch.cat([torch.arange(n) for n in lengths]).cuda()
-        row = torch.arange(len(lengths), device="cuda").repeat_interleave(ends.diff())
         K.store_kv(k, v, *cache, table[row, token // page] * page + token % page)
-        paged = K.paged_attention(q[ends[1:] - 1], *cache, table, ends.diff(), splits=1)
-        assert torch.equal(paged, packed[ends[1:] - 1])
-    for start, end in zip(ends.tolist(), ends[1:].tolist()):
+        paged = K.paged_attention(q[last], *cache, table, ends.diff(), splits=1)
+        assert torch.equal(paged, packed[last])
+    bounds = ends.tolist()
+    for start, end in zip(bounds, bounds[1:]):
+        keys = kn_ends([end - start], "cuda")
         for n in {end - start, min(end - start, 37)}:                               # whole, and its last tokens
-            some = K.flash_attention(q[end - n:end], k[start:end], v[start:end], kn_ends([n], "cuda"),
-                                     kn_ends([end - start], "cuda"))
+            some = K.flash_attention(q[end - n:end], k[start:end], v[start:end], kn_ends([n], "cuda"), keys)
             assert torch.equal(some, packed[end - n:end])
 
 
@@ -1399,12 +1441,13 @@ def test_a_query_gets_the_same_bits_alone_in_a_chunk_and_from_pages(dim, group):
 def test_a_row_gets_the_same_bits_among_any_others():
     make = partial(torch.randn, device="cuda", dtype=torch.bfloat16)
     weight = make(151_936, 1024) * 0.05
-    norm, (q_norm, k_norm) = make(1024), make(2, 128)
-    cos, sin = torch.randn(2, 99, 64, device="cuda")
+    norm = make(1024)
+    norms = make(2, 128)
+    tables = torch.randn(2, 99, 64, device="cuda")
 
     def all_of(x, residual, qkv, targets):
         heat = torch.full([len(x)], 0.7, device="cuda")
-        heads = K.qkv_rotary(qkv, 16, 8, cos, sin, targets % 99, q_norm, k_norm)
+        heads = K.qkv_rotary(qkv, 16, 8, *tables, targets % 99, *norms)
         one = K.linear_cross_entropy(x, weight, targets, 0.7)
         assert all(map(torch.equal, one, K.linear_cross_entropy(x, weight, targets, heat)))
         return *K.rms_norm(x, norm, 1e-6, residual), K.rms_norm(x, norm), *heads, K.swiglu(qkv), *one
@@ -1419,9 +1462,8 @@ def test_a_row_gets_the_same_bits_among_any_others():
 
 @gpu
 def test_gradients_repeat_bit_for_bit_and_the_head_never_holds_the_logits():
-    for name, (function, inputs) in kn_cases("cuda", torch.bfloat16).items():
-        if "paged" not in name:
-            assert all(map(torch.equal, kn_run(function, inputs), kn_run(function, inputs))), name
+    for name, case in kn_cases("cuda", torch.bfloat16).items():
+        assert all(map(torch.equal, kn_run(*case), kn_run(*case))), name
     make = partial(torch.randn, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     hidden = make(8192, 1024)
     weight = make(151_936, 1024)
@@ -1437,20 +1479,26 @@ def test_rows_times_width_may_need_64_bits():
     x = torch.randn(2_200_000, 1024, device="cuda", dtype=torch.bfloat16)
     tables = torch.randn(2, 9, 64, device="cuda")
     weight = torch.randn(1024, device="cuda", dtype=torch.bfloat16)
-    for call in (lambda x: K.rms_norm(x, weight), K.swiglu,
-                 lambda x: K.qkv_rotary(x, 4, 2, *tables, torch.zeros(len(x), dtype=torch.int64, device="cuda"))[0],
-                 lambda x: K.flash_attention(x[:, :512].unflatten(1, (8, 64)), x[:, None, :64], x[:, None, 64:128],
-                                             torch.arange(0, len(x) + 1, 100, dtype=torch.int32, device="cuda"), None,
-                                             100),
-                 lambda x: K.sample(x, 1.0, 50, 0.9, *torch.zeros(2, len(x), dtype=torch.int64, device="cuda"))[1]):
+
+    def rotary(x):
+        return K.qkv_rotary(x, 4, 2, *tables, torch.zeros(len(x), dtype=torch.int64, device="cuda"))[0]
+
+    def attention(x):
+        ends = torch.arange(0, len(x) + 1, 100, device="cuda")
+        heads = x.unflatten(1, (16, 64))
+        return K.flash_attention(heads[:, :8], heads[:, 8:9], heads[:, 9:10], ends, max_seqlen_q=100)
+
+    for call in (lambda x: K.rms_norm(x, weight), K.swiglu, rotary, attention):
         assert torch.equal(call(x)[-100:], call(x[-100:]))
 
 
 class Hopper:
-    """Takes the place of a kernel: a launch compiles it for sm_90 and keeps what the assembler made of it."""
-    def __init__(self, kernel, reports):
+    """Takes the place of a kernel: a launch compiles it for sm_90 and counts what the assembler made of it."""
+    types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+
+    def __init__(self, kernel):
         self.kernel = kernel
-        self.reports = reports
+        self.reports = []
 
     def __getitem__(self, grid):
         return self.launch
@@ -1459,64 +1507,68 @@ class Hopper:
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        types = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
         values = dict(zip(self.kernel.arg_names, args)) | named
-        signature, constants, hints = {}, {}, {}
+        signature = {}
+        constants = {}
+        hints = {}
         for i, parameter in enumerate(self.kernel.params):
             value = values[parameter.name]
+            aligned = isinstance(value, torch.Tensor)
             if parameter.is_constexpr or value is None:
-                signature[parameter.name] = "constexpr"
+                kind = "constexpr"
                 constants[i,] = value
             elif hasattr(value, "block_shape"):
-                signature[parameter.name] = f"tensordesc<{types[value.base.dtype]}{list(value.block_shape)}>"
-            elif isinstance(value, torch.Tensor):
-                signature[parameter.name] = "*" + types[value.dtype]
-                hints[i,] = [["tt.divisibility", 16]]
+                kind = f"tensordesc<{self.types[value.base.dtype]}{list(value.block_shape)}>"
+            elif aligned:
+                kind = "*" + self.types[value.dtype]
             else:
-                signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
-                if isinstance(value, int) and value % 16 == 0:
-                    hints[i,] = [["tt.divisibility", 16]]
-        code = triton.compile(ASTSource(self.kernel, signature, constants, hints), target=GPUTarget("cuda", 90, 32),
-                              options=dict(num_warps=num_warps, num_stages=num_stages))
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(code.asm["cubin"])
-            f.flush()
+                kind = "fp32" if isinstance(value, float) else "i32"
+                aligned = value % 16 == 0
+            signature[parameter.name] = kind
+            if aligned:
+                hints[i,] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, hints)
+        code = triton.compile(source, GPUTarget("cuda", 90, 32), dict(num_warps=num_warps, num_stages=num_stages))
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(code.asm["cubin"])
+            file.flush()
             tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-            machine = subprocess.run([tool, "-sass", f.name], capture_output=True, text=True, check=True).stdout
+            machine = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         names = "HGMMA", "UTMALDG", "HMMA", "LDL", "STL"        # products, copy engine, small products, spills
-        counts = {x: len(re.findall(rf"\b{x}", machine)) for x in names}
-        self.reports.setdefault(self.kernel.__name__, []).append(counts)
+        self.reports.append({name: len(re.findall(rf"\b{name}", machine)) for name in names})
 
 
 def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
-    reports = {}
     source = Path(K.__file__).read_text()                               # a kernel is what no other function calls
-    kernels = [name for name, x in vars(K).items() if hasattr(x, "arg_names") and source.count(f" {name}(") == 1]
-    for name in kernels:
-        monkeypatch.setattr(K, name, Hopper(getattr(K, name), reports))
+    kernels = {}
+    for name, x in list(vars(K).items()):
+        if hasattr(x, "arg_names") and source.count(f" {name}(") == 1:
+            kernels[name] = Hopper(x)
+            monkeypatch.setattr(K, name, kernels[name])
     monkeypatch.setattr(K, "_on_triton", lambda x: True)
     make = partial(torch.empty, dtype=torch.bfloat16)
     table = torch.zeros(4, 64, dtype=torch.int32)
     at = torch.arange(256)
-    angles = torch.empty(256, 64)
+    tables = torch.empty(2, 256, 64)
     for dim in (64, 128):
-        kn_run(lambda *x: K.flash_attention(*x, kn_ends([256]), None, 256),
-               [make(256, 4, dim), make(256, 2, dim), make(256, 2, dim)])
+        attend = partial(K.flash_attention, cu_seqlens_q=kn_ends([256]), max_seqlen_q=256)
+        kn_run(attend, [make(256, 4, dim), *make(2, 256, 2, dim)])
         cache = make(2, 9, 16, 2, dim)
         for splits in (1, 4):
             K.paged_attention(make(4, 4, dim), *cache, table, table[:, 0], splits=splits)
-    K.store_kv(make(4, 2, 128), make(4, 2, 128), *cache, at[:4])
+    K.store_kv(*make(2, 4, 2, 128), *cache, at[:4])
     kn_run(K.rms_norm, [make(256, 1024), make(1024)])
-    kn_run(lambda *x: K.qkv_rotary(x[0], 16, 8, angles, angles, at, *x[1:]), [make(256, 4096), make(128), make(128)])
+    kn_run(lambda x, *norms: K.qkv_rotary(x, 16, 8, *tables, at, *norms), [make(256, 4096), *make(2, 128)])
     kn_run(K.swiglu, [make(256, 6144)])
-    kn_run(lambda *x: K.linear_cross_entropy(*x, at), [make(256, 1024), make(8192, 1024)])
+    kn_run(partial(K.linear_cross_entropy, targets=at), [make(256, 1024), make(8192, 1024)])
     K.sample(torch.empty(4, 1000), 1.0, 5, 0.9, at[:4], at[:4])
-    assert sorted(reports) == sorted(kernels) and len(kernels) > 12
-    for name, runs in reports.items():
-        for counts in runs:
-            few = {"_attention_keys": 20, "_qkv_rotary_backward": 4}.get(name, 0)       # two accumulators; two norms
+    assert len(kernels) > 9
+    for name, kernel in kernels.items():
+        assert kernel.reports, name                                     # it was launched
+        for counts in kernel.reports:
+            few = 20 if name == "_attention_keys" else 2                # two accumulators of [128, 128]
             assert counts["LDL"] + counts["STL"] <= few, (name, counts)
-            if name.startswith(("_attention", "_head_forward", "_head_backward")):
+            if name.startswith(("_attention", "_head")):
                 assert counts["HGMMA"] >= 4 and counts["UTMALDG"] >= 4, (name, counts)
             assert name != "_paged_part" or counts["HMMA"] >= 16
 
@@ -1530,31 +1582,38 @@ def test_the_demo_checks_every_kernel():
 
 SMALL = dict(vocab_size=104, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
-QWEN2 = dict(model_type="qwen2", tie_word_embeddings=False)
-LLAMA = dict(model_type="llama", num_attention_heads=8, num_key_value_heads=4)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+PAR_KINDS = {
+    "qwen3": dict(),
+    "qwen2": dict(model_type="qwen2", tie_word_embeddings=False),
+    "llama": dict(model_type="llama", num_attention_heads=8, num_key_value_heads=4, rope_parameters=LLAMA3),
+}
 CPU = P.Mesh(device="cpu")
 
 
-def par_model(mesh=CPU, dtype=torch.float64, config=None, **settings):
+def par_model(mesh=CPU, kind="qwen3", dtype=torch.float64, **settings):
     """Everything random, norms and biases too, and the same on every layout."""
-    model = P.Qwen3(P.Config(**SMALL | (config or {})), mesh, dtype=dtype, **settings)
+    model = P.Qwen3(P.Config(**SMALL | PAR_KINDS[kind]), mesh, dtype=dtype, seed=None, **settings)
     generator = torch.Generator().manual_seed(0)
     whole = {}
     for name, x in model.hf_tensors():
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(x.shape, generator=generator)
         whole[name] = 0.3 * noise + ("norm" in name)
     model.load_hf(whole)
     return model
 
 
 def par_batches(mesh=CPU):
-    """Uneven micro-batches; nothing is learned in the last one."""
+    """Uneven micro-batches; nothing is learned in the last two."""
     rng = np.random.default_rng(0)
     whole = []
-    for i in range(5):
-        documents = [rng.integers(0, 104, n) for n in (5 + i % 3, 1, 9 - i % 4, 2 + i)]
-        masks = [rng.random(len(x)) < 0.8 * (i < 4) for x in documents]
+    for learned in (0.8, 0.3, 1, 0):
+        lengths = rng.integers(1, 9, 4)
+        documents = [rng.integers(0, 104, n) for n in lengths]
+        masks = [rng.random(n) < learned for n in lengths]
         whole.append(P.micro_batch(documents, masks))
+    whole.append(P.micro_batch([]))
     return whole[mesh.dp_rank::mesh.dp]
 
 
@@ -1565,212 +1624,207 @@ def par_loss(model, hidden, batch):
     else:
         logprob, entropy = model.logprobs(hidden, batch["targets"], 0.9)
         total = -(logprob.sum() + 0.1 * entropy.sum()) / 50
-    return total, total.detach()
+    return total, None
 
 
-def par_whole(model, shards=None):
-    return {name: x.clone() for name, x in model.hf_tensors(shards)}
+def par_whole(model):
+    return {name: x.clone() for name, x in model.hf_tensors()}
 
 
-def par_learn(mesh=CPU, schedule="1f1b", steps=2, **settings):
-    """Loss, norm and gradients of the last step, and the weights after it."""
-    model = par_model(mesh, **settings)
-    optimizer = P.AdamW(model, lr=1e-3, weight_decay=0.1, clip=0.5)
-    for _ in range(steps):
-        results = P.run(model, par_batches(mesh), par_loss, schedule)
-        norm = optimizer.step()
-    total = sum(results) / mesh.tp + torch.zeros(1, dtype=torch.float64)
-    if mesh.size > 1:
-        dist.all_reduce(total)
-    found = {"loss": total, "norm": norm}
-    for name, x in model.hf_tensors([bucket.shard_total for bucket in model.buckets]):
-        found["gradient of " + name] = x.clone()
-    return found | par_whole(model)
-
-
-def par_compare(cases):
-    worst = []
-    for layout, settings in cases:
-        ours = par_learn(P.init(*layout), **settings)
-        plain = {name: x for name, x in settings.items() if name in ("value_head", "config")}
-        theirs = par_learn(**plain)
-        assert ours.keys() == theirs.keys()
-        for name, x in theirs.items():
-            worst.append(((ours[name] - x).abs().max().item() / x.abs().max().item(), str((layout, settings, name))))
-    return max(worst)
-
-
-@pytest.mark.parametrize("world,cases", [
-    (2, [((1, 1, 2), {}), ((1, 1, 2), dict(sequence_parallel=True, config=LLAMA)), ((1, 1, 2), dict(config=QWEN2)),
-         ((1, 2, 1), {}), ((1, 2, 1), dict(schedule="afab", config=LLAMA)), ((1, 2, 1), dict(value_head=True)),
-         ((2, 1, 1), dict(recompute=True)), ((2, 1, 1), dict(config=QWEN2))]),
-    (4, [((1, 1, 4), dict(config=LLAMA)), ((2, 1, 2), dict(sequence_parallel=True, value_head=True, recompute=True)),
-         ((1, 4, 1), {}), ((2, 2, 1), dict(recompute=True)), ((2, 1, 2), dict(config=QWEN2)), ((4, 1, 1), {})]),
-    (8, [((2, 2, 2), dict(sequence_parallel=True)), ((8, 1, 1), dict(config=QWEN2))])])      # three have no tokens
-def test_every_layout_computes_what_one_process_does(world, cases):
-    for error, case in on_ranks(world, par_compare, cases):
-        assert error < 1e-12, case                                      # fp64: sums in another order
-
-
-def par_order(layout, schedule):
-    """What the first layer of a rank does, forward, back and reducing, in order."""
-    events = []
-    plain = P.reduce_scatter
-
-    def reduce(*args, **settings):
-        events.append("R")
-        return plain(*args, **settings)
-
-    model = par_model(P.init(*layout))
-    model.layers[0].register_forward_pre_hook(lambda *_: events.append("F"))
-    model.layers[0].register_full_backward_hook(lambda *_: events.append("B"))
-    with mock.patch.object(P, "reduce_scatter", reduce):
-        P.run(model, par_batches()[:4], par_loss, schedule)
-    return "".join(events)
-
-
-def test_stages_keep_few_activations_and_gradients_are_reduced_while_backward_goes_on():
-    assert on_ranks(2, par_order, (1, 2, 1), "1f1b") == ["FFBFBFBB", "FBFBFBFB"]
-    assert on_ranks(2, par_order, (1, 2, 1), "afab")[0] == "FFFFBBBB"
-    assert on_ranks(2, par_order, (2, 1, 1), "1f1b")[0] == "FBFBFBF" + "RRR" + "B" + "RRR"      # of four layers, three
-
-
-def test_the_head_counts_as_layers_of_its_stage():
-    for value_head, sizes in ((False, [18, 10]), (True, [14, 14])):
-        for rank, size in enumerate(sizes):
-            mesh = P.Mesh(pp=2, rank=rank, device="meta")
-            assert len(P.Qwen3(P.Config(), mesh, seed=None, value_head=value_head).layers) == size
-
-
-def test_a_step_is_that_of_torchs_adamw_and_nan_changes_nothing():
-    ours = par_learn(steps=4)
-    plain = par_model()
-    norms = [p for p in plain.parameters() if p.ndim == 1]
-    matrices = [p for p in plain.parameters() if p.ndim == 2]
-    groups = [{"params": norms, "weight_decay": 0}, {"params": matrices}]
-    theirs = torch.optim.AdamW(groups, 1e-3, (0.9, 0.95), weight_decay=0.1)
-    for _ in range(4):
-        theirs.zero_grad()
-        for batch in par_batches():
-            hidden = plain(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"]))
-            par_loss(plain, hidden, batch)[0].backward()
-        torch.nn.utils.clip_grad_norm_(norms + matrices, 0.5)
-        theirs.step()
-    assert all((x - ours[name]).abs().max() < 1e-8 for name, x in plain.hf_tensors())
-    optimizer = P.AdamW(plain, lr=1.0)
-    before = par_whole(plain)
-    for factor, changed in ((math.nan, False), (1.0, True)):
-        P.run(plain, par_batches(), lambda *args, factor=factor: (par_loss(*args)[0] * factor, None))
-        assert optimizer.step().isfinite() == changed
-        assert any(not torch.equal(x, before[name]) for name, x in plain.hf_tensors()) == changed
-
-
-def test_gradients_of_bf16_are_summed_in_fp32_and_recompute_changes_no_bit():
-    exact = par_learn(steps=1)
-    rounded, again = [par_learn(steps=1, dtype=torch.bfloat16, recompute=recompute) for recompute in (False, True)]
-    for name, x in rounded.items():
-        assert torch.equal(x, again[name])
-        if "gradient" in name:
-            assert x.dtype == torch.float32 and (x - exact[name]).norm() < 0.2 * exact[name].norm(), name
-
-
-PAR_KINDS = {
-    "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
-    "qwen2": ("Qwen2", dict(tie_word_embeddings=False, num_attention_heads=3, num_key_value_heads=1, hidden_size=24)),
-    "smollm2": ("Llama", dict(tie_word_embeddings=True, num_attention_heads=9, num_key_value_heads=3, hidden_size=72)),
-    "llama 3": ("Llama", dict(tie_word_embeddings=False, rope_parameters=dict(
-        rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-        original_max_position_embeddings=32))),
-}
-
-
-def par_transformers(name, folder, **save):
-    import transformers
-    kind, settings = PAR_KINDS[name]
-    values = {key: x for key, x in SMALL.items() if key != "head_dim" or kind == "Qwen3"} | settings
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values))
-    for key, p in model.named_parameters():
-        torch.nn.init.normal_(p, float("norm" in key), 0.3)
-    model.save_pretrained(folder, **save)
-    return model
-
-
-@pytest.mark.parametrize("name", PAR_KINDS)
-def test_logits_are_those_of_transformers_and_weights_go_back(name, tmp_path):
-    theirs = par_transformers(name, tmp_path / "theirs", max_shard_size="20KB" if name == "qwen2" else "1GB")
-    ours = P.Qwen3.from_pretrained(tmp_path / "theirs", CPU)
+@pytest.mark.parametrize("kind", PAR_KINDS)
+def test_logits_are_those_of_transformers_and_weights_go_there_and_back(kind, tmp_path):
+    from transformers import AutoModelForCausalLM
+    ours = par_model(kind=kind, dtype=torch.float32)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     documents = [torch.arange(n) * 7 % 104 for n in (11, 1, 30, 7)]
     batch = P.micro_batch(documents)
     with torch.no_grad():
         hidden = ours(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"]))
         wanted = torch.cat([theirs(x[None]).logits[0] for x in documents])
-    assert (ours.logits(hidden) - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    logprobs, _ = ours.logprobs(hidden[batch["predict"]], batch["targets"])
-    assert (logprobs + F.cross_entropy(wanted[batch["predict"]], batch["targets"], reduction="none")).abs().max() < 1e-4
-    ours.save_pretrained(tmp_path / "ours")
-    again = type(theirs).from_pretrained(tmp_path / "ours").state_dict()
-    assert all(torch.equal(again[key], x) for key, x in theirs.state_dict().items())
+    error = (ours.logits(hidden) - wanted).abs()
+    assert error.max() < 1e-5 * wanted.abs().max()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    again = par_whole(P.Qwen3.from_pretrained(tmp_path / "theirs", CPU))
+    assert all(torch.equal(again[name], x) for name, x in ours.hf_tensors())
 
 
-def test_what_is_not_such_a_model_is_refused_by_name(tmp_path):
-    par_transformers("qwen3", tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for name, value in (("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "gemma"),
-                        ("rope_parameters", dict(rope_type="yarn", rope_theta=1e4, factor=4.0))):
-        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
-        with pytest.raises(ValueError, match=name.replace("parameters", "type")):
-            P.Config.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        P.Qwen3.from_pretrained(tmp_path / "nothing")
+def par_owned(model, values):
+    """What each dp rank has for the parameters that it steps, put together."""
+    owned = {name: x.clone() for name, x in model.hf_tensors(values)}
+    replicas = [owned] * model.mesh.dp
+    if model.mesh.dp > 1:
+        dist.all_gather_object(replicas, owned, model.mesh.dp_group)
+    for replica in replicas:
+        owned |= replica
+    return owned
 
 
-@pytest.mark.parametrize("call,word", [
-    (lambda: par_model().load_hf({"model.norm.weight": torch.zeros(9)}), "9"),
-    (lambda: par_model().load_hf({}), "missing"),
-    (lambda: P.Qwen3(P.Config(vocab_size=101), P.Mesh(tp=2, device="meta")), "101 words"),
-    (lambda: P.Qwen3(P.Config(), P.Mesh(pp=29, device="meta")), "28 layers"),
-    (lambda: P.init(tp=2), "1 processes"),
-    (lambda: P.pack([5, 1001], 1000), "1,001")])
-def test_what_would_go_wrong_in_silence_is_refused(call, word):
-    with pytest.raises(ValueError, match=word):
-        call()
+def par_learn(mesh=CPU, kind="qwen3", afab=False, steps=2, **settings):
+    """Weights after some steps; norm and gradients of the last."""
+    model = par_model(mesh, kind, **settings)
+    optimizer = P.AdamW(model, lr=1e-3, weight_decay=0.1, clip=0.5)
+    for _ in range(steps):
+        P.run(model, par_batches(mesh), par_loss, "afab" if afab else "1f1b")
+        norm = optimizer.step()
+    found = {"norm": norm} | par_whole(model)
+    gradients = par_owned(model, {p: p.grad for p in model.masters})
+    for name, x in gradients.items():
+        found["gradient of " + name] = x
+    return found
 
 
-def test_weights_are_loaded_in_place():
+def test_a_step_is_that_of_torchs_adamw():
+    ours = par_learn(steps=4)
+    plain = par_model()
+    norms = [p for p in plain.parameters() if p.ndim == 1]
+    matrices = [p for p in plain.parameters() if p.ndim == 2]
+    groups = [
+        {"params": norms, "weight_decay": 0},
+        {"params": matrices},
+    ]
+    theirs = torch.optim.AdamW(groups, 1e-3, (0.9, 0.95), weight_decay=0.1)
+    for _ in range(4):
+        theirs.zero_grad()
+        for batch in par_batches():
+            attend = P.packed(batch["cu_seqlens"])
+            hidden = plain(batch["tokens"], batch["positions"], attend)
+            total, _ = par_loss(plain, hidden, batch)
+            total.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        theirs.step()
+    for name, x in plain.hf_tensors():
+        assert (x - ours[name]).abs().max() < 1e-8
+
+
+def par_compare(cases):
+    for case in cases:
+        dp, pp, tp, kind, *flags = case.split()
+        mesh = P.init(int(dp), int(pp), int(tp))
+        ours = par_learn(mesh, kind, **dict.fromkeys(flags, True))
+        theirs = par_learn(CPU, kind, value_head="value_head" in flags)
+        assert ours.keys() == theirs.keys()
+        for name, x in theirs.items():
+            error = (ours[name] - x).abs().max() / x.abs().max()
+            assert error < 1e-12, (case, name)                          # fp64: sums in another order
+
+
+@pytest.mark.parametrize("world,cases", [
+    (2, ["1 1 2 qwen3", "1 1 2 llama sequence_parallel", "1 1 2 qwen2", "1 2 1 qwen3", "1 2 1 llama afab",
+         "1 2 1 qwen3 value_head", "2 1 1 qwen3 recompute", "2 1 1 qwen2"]),
+    (4, ["1 1 4 llama", "2 1 2 qwen3 sequence_parallel value_head recompute", "1 4 1 qwen3", "2 2 1 qwen3 recompute",
+         "2 1 2 qwen2", "4 1 1 qwen3"]),
+    (8, ["2 2 2 qwen3 sequence_parallel", "1 8 1 qwen3", "8 1 1 qwen2"])])      # more than layers, and than batches
+def test_every_layout_computes_what_one_process_does(world, cases):
+    on_ranks(world, par_compare, cases)
+
+
+def par_order(layout):
+    """What the first layer of a rank does, forward, back and reducing, in order."""
+    events = []
+    model = par_model(P.init(*layout))
+    model.layers[0].register_forward_pre_hook(lambda *_: events.append("F"))
+    model.layers[0].register_full_backward_hook(lambda *_: events.append("B"))
+    with mock.patch.object(dist, "reduce", lambda *_, **__: events.append("R")):
+        P.run(model, par_batches()[:4], par_loss)
+    return "".join(events)
+
+
+def test_stages_keep_few_activations_and_gradients_are_reduced_while_backward_goes_on():
+    assert on_ranks(2, par_order, (1, 2, 1)) == ["FFBFBFBB", "FBFBFBFB"]
+    order = on_ranks(2, par_order, (2, 1, 1))[0]
+    assert order.startswith("FBFBFBFR")
+    assert "RB" in order
+
+
+def test_the_head_counts_as_layers_of_its_stage():
+    for value_head, layers in ((False, 18), (True, 14)):
+        mesh = P.Mesh(pp=2, device="meta")
+        model = P.Qwen3(P.Config(), mesh, seed=None, value_head=value_head)
+        assert len(model.layers) == layers
+
+
+def par_same(one, other):
+    for here, there in zip(one, other):
+        assert all(torch.equal(x, there[name]) for name, x in here.items())
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
     model = par_model()
-    good = par_whole(model)
+    optimizer = P.AdamW(model, lr=1e-3, weight_decay=0.1, clip=0.5)
+    before = par_whole(model)
+    P.run(model, par_batches(), lambda *args: (par_loss(*args)[0] * math.nan, None))
+    assert not optimizer.step().isfinite()
+    par_same([before], [par_whole(model)])
+    P.run(model, par_batches(), par_loss)                               # and nothing later: this is the first step
+    optimizer.step()
+    par_same([par_whole(model)], [par_learn(steps=1)])
+
+
+def test_gradients_of_bf16_are_summed_in_fp32():
+    exact = par_learn(steps=1)
+    rounded = par_learn(steps=1, dtype=torch.bfloat16, recompute=True)
+    for name, x in rounded.items():
+        if "gradient" in name:
+            assert x.dtype == torch.float32
+            assert (x - exact[name]).norm() < 0.2 * exact[name].norm(), name
+
+
+def test_what_cannot_be_is_refused_by_name():
+    yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
+    wrong = dict(
+        hidden_act="gelu",
+        attention_bias=True,
+        model_type="gemma",
+        rope_parameters=yarn,
+    )
+    for name, value in wrong.items():
+        with pytest.raises(ValueError, match=name.replace("parameters", "type")):
+            P.Config(**{name: value})
+    with pytest.raises(ValueError):
+        P.Qwen3(P.Config(vocab_size=101), P.Mesh(tp=2, device="meta"))
+    with pytest.raises(ValueError):
+        P.init(tp=2)
+
+
+def test_weights_are_loaded_in_place_and_all_or_none():
+    model = par_model()
+    before = par_whole(model)
     place = model.layers[0].qkv.data_ptr()
-    model.load_hf((name, x.numpy() + 1) for name, x in good.items())
+    more = {name: x.numpy() + 1 for name, x in before.items()}
+    for wrong in ({}, more | {"model.norm.weight": np.zeros(9)}):
+        with pytest.raises(ValueError, match="the model wants"):
+            model.load_hf(wrong)
+        par_same([before], [par_whole(model)])
+    model.load_hf(iter(more.items()))
+    par_same([par_whole(model)], [{name: x + 1 for name, x in before.items()}])
     assert model.layers[0].qkv.data_ptr() == place
-    assert all(torch.equal(x, good[name] + 1) for name, x in model.hf_tensors())
 
 
 def par_resume(folder, layout, steps, save_at=None):
     """Weights, masters and moments after some steps, from the newest checkpoint if there is one."""
     mesh = P.init(*layout)
-    model = par_model(mesh, torch.bfloat16)
-    optimizer = P.AdamW(model, lr=1e-2, weight_decay=0.1, clip=1.0)
+    model = par_model(mesh, dtype=torch.bfloat16)
+    optimizer = P.AdamW(model, lr=1e-2, weight_decay=0.1)
     done = P.load(folder, model, optimizer)["step"] if P.latest(folder) else 0
     for step in range(done, steps):
         if step == save_at:
             P.save(folder / f"step-{step}", model, optimizer, {"step": step})
         P.run(model, par_batches(mesh), par_loss)
         optimizer.step()
-    found = par_whole(model)
-    for kind in optimizer.state[0]:
-        for name, x in model.hf_tensors([state[kind] for state in optimizer.state]):
-            found[kind + name] = x.clone()
-    return found
+    owned = [par_owned(model, values) for values in optimizer.state.values()]
+    return [par_whole(model), *owned]
 
 
 def test_a_checkpoint_loads_on_any_layout_and_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
-    at_three = on_ranks(8, par_resume, tmp_path / "none", (2, 2, 2), 3)[0]
-    at_five = on_ranks(8, par_resume, tmp_path / "run", (2, 2, 2), 5, 3)[0]
-    for layout, steps, wanted in (((1, 1, 1), 3, at_three), ((1, 4, 1), 3, at_three), ((4, 1, 2), 3, at_three),
-                                  ((2, 2, 2), 5, at_five)):
-        for found in on_ranks(math.prod(layout), par_resume, tmp_path / "run", layout, steps):
-            assert all(torch.equal(found[name], x) for name, x in wanted.items())
+    folder = tmp_path / "run"
+    wanted = on_ranks(8, par_resume, tmp_path / "none", (2, 2, 2), 3)[0]
+    at_five = on_ranks(8, par_resume, folder, (2, 2, 2), 5, 3)[0]
+    for layout in ((1, 4, 1), (4, 1, 2), (1, 1, 1)):
+        found = on_ranks(math.prod(layout), par_resume, folder, layout, 3)
+        par_same(wanted, found[-1])
+    resumed = on_ranks(8, par_resume, folder, (2, 2, 2), 5)
+    par_same(at_five, resumed[-1])
 
 
 def par_save_forever(folder, pipe):
@@ -1782,10 +1836,11 @@ def par_save_forever(folder, pipe):
 
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path):
     model = par_model()
+    context = multiprocessing.get_context("fork")
     for trial in range(8):
         folder = tmp_path / str(trial)
-        ours, theirs = multiprocessing.Pipe(duplex=False)
-        child = multiprocessing.get_context("fork").Process(target=par_save_forever, args=(folder, theirs), daemon=True)
+        ours, theirs = context.Pipe()
+        child = context.Process(target=par_save_forever, args=(folder, theirs))
         child.start()
         done = ours.recv()                                              # one is finished,
         time.sleep(random.random() * 0.1)                               # and in one of the next ones comes
@@ -1798,18 +1853,18 @@ def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path):
 
 def test_checkpoints_that_are_damaged_or_foreign_are_refused(tmp_path):
     model = par_model()
-    P.save(tmp_path / "plain", model, None, {"best": 1.0})
+    P.save(tmp_path / "run", model, None, {"best": 1.0})
     assert P.load(tmp_path, model) == {"best": 1.0}
-    file = tmp_path / "plain" / "model-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    for call, word in ((lambda: P.load(tmp_path, model, P.AdamW(model)), "without AdamW"),
-                       (lambda: P.load(tmp_path, model), "model-00000"),
-                       (lambda: P.load(tmp_path / "no", model), "no whole checkpoint"),
-                       (lambda: P.save(tmp_path, model), "something else"),
-                       (lambda: P.save(tmp_path / "x", model, None, np.float64(1)), "numpy")):
-        with pytest.raises(Exception, match=word):
-            call()
-    assert P.latest(tmp_path / "x") is None
+    with pytest.raises(ValueError, match="missing"):                    # moments
+        P.load(tmp_path, model, P.AdamW(model))
+    with pytest.raises(ValueError, match="something else"):
+        P.save(tmp_path, model)
+    with pytest.raises(pickle.UnpicklingError):                         # what could not be loaded again
+        P.save(tmp_path / "new", model, None, np.float64(1))
+    assert P.latest(tmp_path).name == "run"
+    os.truncate(tmp_path / "run" / "model-00000.safetensors", 1000)
+    with pytest.raises(ValueError, match="model-00000"):
+        P.load(tmp_path, model)
 
 
 def test_a_merged_checkpoint_is_a_model_for_transformers(tmp_path):
@@ -1817,52 +1872,53 @@ def test_a_merged_checkpoint_is_a_model_for_transformers(tmp_path):
     model = P.Qwen3.from_pretrained(P.tiny_model(tmp_path / "tiny"), CPU, dtype=torch.bfloat16)
     P.save(tmp_path / "run", model, P.AdamW(model))
     P.merge(tmp_path / "run", tmp_path / "out")
-    assert len(list(tmp_path.glob("out/*.safetensors"))) == 6           # words, four layers, and what is behind them
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(theirs[name], x.bfloat16()) for name, x in model.hf_tensors())
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "é"}], add_generation_prompt=True, tokenize=False)
-    assert text == "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n" and tokenizer.eos_token == "<|im_end|>"
-    assert tokenizer.decode(tokenizer("naïve 漢字\n").input_ids) == "naïve 漢字\n"
+    turns = [{"role": "user", "content": "naïve 漢字"}]
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert text == "<|im_start|>user\nnaïve 漢字<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
 def test_documents_are_packed_evenly():
     lengths = np.random.default_rng(0).integers(1, 400, 100)
     bins = P.pack(lengths, 1000, 4)
+    assert sorted(sum(bins, [])) == list(range(100))
     loads = [lengths[rows].sum() for rows in bins]
-    assert sorted(sum(bins, [])) == list(range(100)) and len(bins) % 4 == 0 and len(bins) < sum(lengths) / 1000 + 5
-    assert 0.9 * max(loads) < min(loads) <= max(loads) <= 1000 and P.pack([], 10, 2) == [[], []]
+    assert 0.9 * max(loads) < min(loads)
+    assert max(loads) <= 1000
+    with pytest.raises(ValueError):
+        P.pack([5, 1001], 1000)
 
 
 def test_learned_tokens_are_predicted_from_the_ones_before():
-    documents = [np.array([5, 6, 7]), torch.tensor([8]), np.array([9, 10], np.int32)]
-    batch = P.micro_batch(documents, [[True, False, True], torch.tensor([True]), [False, True]])
-    assert (batch["tokens"].dtype, batch["cu_seqlens"].dtype) == (torch.int64, torch.int32)
-    assert batch["tokens"].tolist() == [5, 6, 7, 8, 9, 10] and batch["positions"].tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch["cu_seqlens"].tolist() == [0, 3, 4, 6] and batch["max_seqlen"] == 3
-    assert batch["predict"].tolist() == [1, 4] and batch["targets"].tolist() == [7, 10]
-    assert P.micro_batch(documents)["predict"].tolist() == [0, 1, 4]
-    assert P.micro_batch([])["tokens"].tolist() == [0] and len(P.micro_batch([])["predict"]) == 0
+    documents = [np.array([5, 6, 7]), torch.tensor([8]), [9, 10]]
+    masks = [[True, False, True], [True], [False, True]]
+    batch = P.micro_batch(documents, masks)
+    names = "tokens", "positions", "cu_seqlens", "predict", "targets"
+    assert " ".join(str(batch[name].tolist()) for name in names) == (
+        "[5, 6, 7, 8, 9, 10] [0, 1, 2, 0, 0, 1] [0, 3, 4, 6] [1, 4] [7, 10]")
 
 
 def test_settings_come_from_flags_and_mistakes_are_a_line(capsys):
-    done = P.arguments(P.Settings, ["--tp", "2", "--sequence_parallel"])
-    assert (done.tp, done.sequence_parallel, done.dp) == (2, True, None)
-    for flags, word in ((["--recompue"], "did you mean --recompute?"), (["--recomp"], "no --recomp"),
-                        (["--tp", "x"], "--tp"), (["--tp=2", "zzz"], "zzz")):
-        with pytest.raises(SystemExit, match="2"):
-            P.arguments(P.Settings, flags)
-        said = capsys.readouterr().err
-        assert word in said and said.count("\n") == 1 and ": error: " in said
-    with pytest.raises(SystemExit, match="0"):
-        P.arguments(P.Settings, ["--help"])
-    assert "stages of the pipeline (default: 1)" in " ".join(capsys.readouterr().out.split())
+    assert P.arguments(P.Settings, ["--tp", "2"]) == P.Settings(tp=2)
+    words = {
+        "--recompue": "did you mean --recompute?",
+        "--recomp": "no --recomp",
+        "--help": "stages of the pipeline (default: 1)",
+    }
+    for flags, word in words.items():
+        with pytest.raises(SystemExit):
+            P.arguments(P.Settings, flags.split())
+        said = capsys.readouterr()
+        assert word in " ".join((said.out + said.err).split())
+        assert said.err.count("\n") == (flags != "--help")
     told = ValueError("an actor's traceback")
     told.cause = ValueError("no\nsuch")
-    for error in (FileNotFoundError("no\nsuch"), told):
-        with pytest.raises(SystemExit, match="2"), P.mistakes():
-            raise error
-        assert capsys.readouterr().err.endswith(": error: no such\n")
+    with pytest.raises(SystemExit), P.mistakes():
+        raise told
+    assert capsys.readouterr().err.endswith(": error: no such\n")
 
 
 def test_training_flops_are_six_a_used_parameter_and_token_and_causal_attention():
@@ -1871,15 +1927,20 @@ def test_training_flops_are_six_a_used_parameter_and_token_and_causal_attention(
         assert P.training_flops(P.Config(tie_word_embeddings=tied), [1024] * 8) == wanted
 
 
-@pytest.mark.parametrize("command,words", [
-    ("parallel.py", "the largest difference to one process: 0.0e+00"),
-    ("-m torch.distributed.run --standalone --nproc-per-node 4 parallel.py --tp 2 --pp 2", "one process: "),
-    ("parallel.py merge nothing out", "parallel.py: error: there is no whole checkpoint in nothing")])
-def test_the_command_line_of_parallel(command, words):
-    done = subprocess.run([sys.executable, *command.split()], cwd=HERE, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
-    assert done.returncode == (2 if "error" in words else 0), done.stderr
+def par_main(*args):
+    """What the command line prints, from a process that may be one of a group."""
+    text = io.StringIO()
+    with mock.patch.object(sys, "argv", ["parallel.py", *args]), contextlib.redirect_stdout(text):
+        with mock.patch.object(dist, "destroy_process_group"):
+            runpy.run_path(str(HERE / "parallel.py"), run_name="__main__")
+    return text.getvalue()
+
+
+def test_the_command_line_of_parallel():
+    assert "one process: 0.0e+00" in par_main("--device", "cpu")
+    text = on_ranks(4, par_main, "--tp", "2", "--pp", "2", "--device", "cpu")[0]
+    assert "step=5" in text
+    assert float(text.split()[-1]) < 1e-5
 
 
 # --- engine.py -------------------------------------------------------------------------------------------------------
