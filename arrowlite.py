@@ -98,7 +98,7 @@ class Type:
         self.names = [field.name for field in self.fields]
         self.parts = [field.type for field in self.fields]              # the types of the children
         # utf8, binary or list: rows of a child; struct or null: rows of all children; fixed: values
-        self.family = re.sub("large_|fixed_size_", "", self.name)
+        self.family = self.name.removeprefix("large_").removeprefix("fixed_size_")
         self.is_bytes = self.family in ("utf8", "binary")
         if self.is_bytes:
             self.parts = [Type("uint8")]
@@ -765,7 +765,7 @@ def refer(out, place, other):
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
     def number(code, at):                       # refuses what lies outside of the buffer
-        return struct.unpack_from("<" + code, buffer, at)[0]
+        return struct.unpack_from(code, buffer, at)[0]
 
     def many(code, at):
         start = at + number("I", at) + 4
@@ -783,7 +783,7 @@ def parse(buffer, at, formats):
     slots = []
     for code, place in zip(formats, [*places, *bytes(len(formats))]):
         if not place:
-            slots.append(b"" if code in "sV123" else code == "H")
+            slots.append(b"" if code in "sV123" else int(code == "H"))
         elif code == "T":
             slots.append(at + place)
         elif code in "sV123":

@@ -4,7 +4,7 @@
     pp  stages: consecutive layers               tp 1 |  ...  |      the other half        | ... |      |  ...  |
     tp  shares of every layer                           stage 0 | hidden states -->  <-- their gradients | last stage
 
-    optimizer    fp32 parameters and two moments: each dp rank owns those of some layers (ZeRO-1)
+    optimizer    fp32 parameters and two moments: each dp rank owns some layers (ZeRO-1)
     gradients    in fp32, summed over micro-batches, and reduced over dp to their owners while backward runs
     parameters   in bf16, broadcast by their owners after the step
 
@@ -361,7 +361,7 @@ class Qwen3(nn.Module):
             if "layers" in path:
                 spec.layer = int(path[2])
             spec.stage = self.stage_of(spec.layer)
-            spec.owner = spec.layer % mesh.size * mesh.dp // mesh.size      # the dp rank that steps it
+            spec.owner = (spec.layer + 1) % mesh.size * mesh.dp // mesh.size        # the dp rank that steps it
             spec.axis = None if norm or module == "score" else int(ours in ("out", "down"))         # that tp splits
             spec.part = self.part(whole.detach().to("meta"), spec.axis)
             spec.small = spec.axis is None or kind == "bias"                # kept in fp32, and not decayed
@@ -666,9 +666,9 @@ def save(folder, model, optimizer=None, state=None):
     for kind, values in kinds.items():
         files = {}
         for name, whole in model.hf_tensors(values):
-            layer = model.specs[name].layer
+            layer = model.specs[name].layer + 1
             if layer % mesh.size == mesh.rank:
-                files.setdefault(layer + 1, {})[name] = whole.to("cpu", copy=True)
+                files.setdefault(layer, {})[name] = whole.to("cpu", copy=True)
         for layer, tensors in files.items():
             save_file(tensors, new / f"{kind}-{layer:05d}.safetensors")
     mesh.wait()
