@@ -27,7 +27,7 @@ from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
 INLINE = 64_000             # bytes: larger values get a memory file
-PACKET = 130_000            # bytes: Linux takes packets of 200 kB
+PACKET = 120_000            # bytes: Linux takes packets of 200 kB, but malloc gives 130 kB or more back each time
 TAG = "ACTORS_WORKER"       # the environment variable by which a worker's descendants are known
 warnings.filterwarnings("ignore", message="The given buffer is not writable")       # torch's, about what is got
 
@@ -117,7 +117,7 @@ def send_packet(sock, messages):
         data = b"file"
     socket.send_fds(sock, [data], [file.fd for file in files])
 def receive(sock):                  # the messages of a packet; there are none when the other end is gone
-    try: data, fds, _, _ = socket.recv_fds(sock, 2 * PACKET, 250)
+    try: data, fds, _, _ = socket.recv_fds(sock, PACKET, 250)
     except ConnectionError: return []
     if data == b"file":
         with open(fds.pop(0), "rb") as file:
