@@ -53,7 +53,7 @@ def mistakes():
     """Around a program's main: what the user has to mend comes as one line."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         refuse(getattr(error, "cause", None) or error)      # an actor's error tells its traceback, too
 
 def arguments(kind, args=None):
@@ -78,8 +78,7 @@ def pack(lengths, capacity, multiple=1):
     longest = lengths.max(initial=0)
     if longest > capacity:
         raise ValueError(f"a row of {longest:,} tokens does not fit into micro-batches of {capacity:,}")
-    least = math.ceil(lengths.sum() / (capacity * multiple)) * multiple
-    count = max(least, multiple)
+    count = math.ceil(lengths.sum() / (capacity * multiple)) * multiple or multiple
     while True:
         loads = np.zeros(count, np.int64)
         bins = [[] for _ in range(count)]
@@ -95,12 +94,12 @@ def micro_batch(documents, learned=None):
     """Documents (token ids) side by side. learned: a mask for each; its first token never is. A token is predicted from
     the hidden state before it: `predict` are those places, `targets` what comes next."""
     if not len(documents):                  # one token that teaches nothing, for a rank with nothing to do
-        documents, learned = [[0]], None
+        documents = [[0]]
     lengths = [len(document) for document in documents]
     tokens = torch.from_numpy(np.concatenate(documents).astype(np.int64))
     positions = torch.cat([torch.arange(length) for length in lengths])
     mask = positions > 0
-    if learned is not None:
+    if learned:
         mask &= torch.from_numpy(np.concatenate(learned).astype(bool))
     predict = mask.nonzero()[:, 0] - 1
     ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()             # where documents begin, and the end
@@ -149,9 +148,8 @@ def sizes(config):
 def training_flops(config, lengths):
     """Forward and backward over documents: 6 a number of a matrix and token (the words as the head), and attention."""
     layer, head = sizes(config)
-    layers = config.num_hidden_layers
-    pairs = layers * config.num_attention_heads * config.head_dim
-    return float(sum(6 * n * (layers * layer + head + pairs * n) for n in lengths))
+    heads = config.num_attention_heads * config.head_dim
+    return float(sum(6 * n * (config.num_hidden_layers * (layer + heads * n) + head) for n in lengths))
 
 # --- the mesh: which rank does what, and how ranks meet --------------------------------------------------------------
 @dataclass
@@ -182,8 +180,9 @@ def init(dp=None, pp=1, tp=1, device=None):
     """This process' place, from torchrun's environment (without it, a process alone); dp=None takes what is left."""
     device = Mesh(device=device).device
     if device.type == "cuda":
-        if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if not torch.cuda.is_available():
+            raise ValueError("there is no GPU here; take --device cpu")
+        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
