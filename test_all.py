@@ -1218,7 +1218,8 @@ def run_both_ways(operation, settings, inputs):
     """Outputs, and the gradients of the inputs for arbitrary upstream gradients, if there are any."""
     inputs = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     outs = operation(**inputs, **settings)
-    outs = outs if isinstance(outs, tuple) else (outs,)
+    if not isinstance(outs, tuple):
+        outs = outs,
     if not outs[0].requires_grad:
         return outs
     seeds = []
@@ -1273,9 +1274,13 @@ def kernel_cases(device="cpu", dtype=torch.float32):
     for heads, kv_heads, dim in ((6, 3, 64), (8, 8, 128)):
         angles = randn(50, dim // 2)
         settings = dict(
-            heads=heads, kv_heads=kv_heads,
-            cos=angles.cos(), sin=angles.sin(), positions=torch.arange(5) * 29 % 50)
-        qkv = randn(5, (heads + 2 * kv_heads) * dim)
+            heads=heads,
+            kv_heads=kv_heads,
+            cos=angles.cos(),
+            sin=angles.sin(),
+            positions=torch.arange(3) * 29 % 50,
+        )
+        qkv = randn(3, (heads + 2 * kv_heads) * dim)
         q_norm, k_norm = randn(2, dim)
         case(heads, K.qkv_rotary, settings, qkv=qkv)
         case([heads, "norms"], K.qkv_rotary, settings, qkv=qkv, q_norm=q_norm, k_norm=k_norm)
@@ -1288,8 +1293,9 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         targets = torch.arange(rows) * 37 % vocab
         targets[3::5] = -100
         settings = dict(targets=targets, temperature=temperature)
+        hidden = randn(rows, width)
         weight = randn(vocab, width) * 0.2
-        case(vocab, K.linear_cross_entropy, settings, hidden=randn(rows, width), weight=weight)
+        case(vocab, K.linear_cross_entropy, settings, hidden=hidden, weight=weight)
 
     for splits, heads, kv_heads, dim, page, lengths in (
         (None, 6, 3, 64, 16, [1, 7, 64, 65, 200, 0]),
@@ -1298,22 +1304,11 @@ def kernel_cases(device="cpu", dtype=torch.float32):
     ):
         k, v, table = in_pages(lengths, kv_heads, dim, page)
         context = torch.tensor(lengths).int()
+        q = randn(len(lengths), heads, dim)
         settings = dict(block_table=table, context_lens=context, splits=splits)
         attend = torch.no_grad()(K.paged_attention)
-        case(page, attend, settings, q=randn(len(lengths), heads, dim), k_cache=k, v_cache=v)
+        case(page, attend, settings, q=q, k_cache=k, v_cache=v)
     return cases
-
-
-def kernel_errors(device="cpu", dtype=torch.float32):
-    """Of every case: the worst error against the same operation in fp64, which is its reference."""
-    errors = {}
-    for name, (operation, settings, inputs) in kernel_cases(device, dtype).items():
-        doubles = {name: x.double() for name, x in inputs.items()}
-        ours = run_both_ways(operation, settings, inputs)
-        exact = run_both_ways(operation, settings, doubles)
-        assert len(ours) == len(exact)
-        errors[name] = max(map(relative_error, ours, exact))
-    return errors
 
 
 def draws_the_same(device="cpu"):
@@ -1342,9 +1337,14 @@ def stores_in_place(device="cpu"):
 
 
 def check_kernels(device, dtype, bound):
-    errors = kernel_errors(device, dtype)
-    assert len(errors) > 15
-    assert max(errors.values()) < bound, errors
+    """Every case against the same operation in fp64, which is its reference."""
+    for name, (operation, settings, inputs) in kernel_cases(device, dtype).items():
+        doubles = {name: x.double() for name, x in inputs.items()}
+        ours = run_both_ways(operation, settings, inputs)
+        exact = run_both_ways(operation, settings, doubles)
+        assert len(ours) == len(exact)
+        worst = max(map(relative_error, ours, exact))
+        assert worst < bound, name
     assert draws_the_same(device)
     assert stores_in_place(device)
 
@@ -1362,7 +1362,12 @@ def test_interpreted_kernels_equal_fp64():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     child = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=HERE, env=environment, capture_output=True, text=True, timeout=600)
+        cwd=HERE,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert child.returncode == 0, child.stderr[-3000:]
 
 
@@ -1384,9 +1389,13 @@ def plain_head(hidden, weight, targets, temperature):
 def error_of_the_sharded_head():
     """On each rank: of results and gradients, when it holds a slice of the vocabulary."""
     torch.manual_seed(0)
-    group = dist.group.WORLD if dist.is_initialized() else None
-    ranks = dist.get_world_size() if group else 1
-    rank = dist.get_rank() if group else 0
+    group = None
+    ranks = 1
+    rank = 0
+    if dist.is_initialized():
+        group = dist.group.WORLD
+        ranks = group.size()
+        rank = group.rank()
     hidden = torch.randn(20, 16, dtype=torch.float64)
     weight = torch.randn(102, 16, dtype=torch.float64)
     mine = weight.chunk(ranks)[rank]
@@ -1510,12 +1519,19 @@ def test_a_row_gets_the_same_bits_among_any_others():
         return *both, K.rms_norm(x, norm), *heads, K.swiglu(qkv), *one
 
     rows = 16_384
-    inputs = on_gpu(rows, 1024), on_gpu(rows, 1024), on_gpu(rows, 4096), torch.arange(rows).cuda() * 9
+    targets = torch.arange(rows).cuda() * 9
+    inputs = (
+        on_gpu(rows, 1024),
+        on_gpu(rows, 1024),
+        on_gpu(rows, 4096),
+        targets,
+    )
     whole = all_of(*inputs)
     for n in (1, 2, 17, 100, 128, 1000):
         for start in (0, 777, rows - n):
             some = slice(start, start + n)
-            for part, out in zip(all_of(*(x[some] for x in inputs)), whole):
+            parts = all_of(*(x[some] for x in inputs))
+            for part, out in zip(parts, whole):
                 assert torch.equal(part, out[some])
 
 
