@@ -1208,8 +1208,7 @@ def ends_of(lengths, device="cpu"):
 
 
 def relative_error(a, b):
-    a = a.double().cpu()
-    b = b.double().cpu()
+    """Of a, where b is in fp64; infinite if anything is not a number."""
     error = (a - b).norm() / b.norm().clamp(min=1e-300)
     return error.nan_to_num(math.inf).item()
 
@@ -1254,11 +1253,12 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         cases[f"{operation.__name__} {variant}"] = operation, settings, inputs
 
     for dim, heads, kv_heads, queries, keys in (
-        (64, 4, 2, [1, 63, 65], [1, 63, 65]),
-        (128, 4, 1, [65, 0, 7], [65, 0, 7]),
-        (32, 2, 2, [130], [130]),
+        (64, 4, 2, [1, 63, 65], None),                                  # as many keys
+        (128, 4, 1, [65, 0, 7], None),
+        (32, 2, 2, [130], None),
         (64, 2, 1, [70, 1, 20], [131, 64, 20]),
     ):
+        keys = keys or queries
         ends = dict(cu_seqlens_q=ends_of(queries), cu_seqlens_k=ends_of(keys))
         q = randn(sum(queries) + 3, heads, dim)                         # 3 tokens are of no sequence
         k, v = randn(2, sum(keys), kv_heads, dim)
@@ -1330,7 +1330,7 @@ def stores_in_place(device="cpu"):
     cache = torch.zeros(2, 80, 3, 64, device=device)
     new = torch.randn(4, 6, 64, device=device)
     slots = torch.tensor([3, -1, 79, 16], device=device)
-    K.store_kv(new[:, :3], new[:, 3:], *cache.view(2, 5, 16, 3, 64), slots)
+    K.store_kv(*new.split(3, 1), *cache.view(2, 5, 16, 3, 64), slots)
     new[1] = new[2]                                                     # -1 is nowhere; read, it is the last slot
     stored = torch.cat([*cache[:, slots]], 1)
     return torch.equal(stored, new) and cache.count_nonzero().item() == 3 * 6 * 64
@@ -1343,8 +1343,7 @@ def check_kernels(device, dtype, bound):
         ours = run_both_ways(operation, settings, inputs)
         exact = run_both_ways(operation, settings, doubles)
         assert len(ours) == len(exact)
-        worst = max(map(relative_error, ours, exact))
-        assert worst < bound, name
+        assert max(map(relative_error, ours, exact)) < bound, name
     assert draws_the_same(device)
     assert stores_in_place(device)
 
@@ -1460,7 +1459,7 @@ def test_a_request_gets_the_same_tokens_in_any_batch():
     positions = rows * 9
     tokens, logprobs = K.sample(logits, *settings, positions)
     assert tokens[:4].tolist() == [7] * 4                               # greedy: the first of the largest
-    assert logprobs[:4].tolist() == [0] * 4
+    assert not logprobs[:4].any()
     for some in ([5], [11, 2, 6]):
         again = K.sample(*(x[some] for x in (logits, *settings, positions)))
         assert torch.equal(again[0], tokens[some])
@@ -1483,7 +1482,7 @@ def test_a_query_gets_the_same_bits_alone_in_a_chunk_and_from_pages(dim, group):
     packed = K.flash_attention(q, k, v, ends)
 
     token = torch.cat([torch.arange(n) for n in lengths]).cuda()
-    row = torch.arange(len(lengths), device="cuda").repeat_interleave(ends.diff())
+    row = torch.arange(len(lengths)).cuda().repeat_interleave(ends.diff())
     for page in (16, 100):
         width = 5000 // page + 1
         table = torch.randperm(len(lengths) * width, device="cuda").int().view(-1, width)
@@ -1519,12 +1518,11 @@ def test_a_row_gets_the_same_bits_among_any_others():
         return *both, K.rms_norm(x, norm), *heads, K.swiglu(qkv), *one
 
     rows = 16_384
-    targets = torch.arange(rows).cuda() * 9
     inputs = (
         on_gpu(rows, 1024),
         on_gpu(rows, 1024),
         on_gpu(rows, 4096),
-        targets,
+        torch.arange(rows).cuda() * 9,
     )
     whole = all_of(*inputs)
     for n in (1, 2, 17, 100, 128, 1000):
