@@ -1508,8 +1508,13 @@ def test_a_row_gets_the_same_bits_among_any_others():
         one = K.linear_cross_entropy(x, weight, targets, 0.7)
         each = K.linear_cross_entropy(x, weight, targets, temperature)
         assert all(map(torch.equal, one, each))
-        norms_of = *K.rms_norm(x, norm, 1e-6, residual), K.rms_norm(x, norm)
-        return *norms_of, *heads, K.swiglu(qkv), *one
+        return (
+            *K.rms_norm(x, norm, 1e-6, residual),
+            K.rms_norm(x, norm),
+            *heads,
+            K.swiglu(qkv),
+            *one,
+        )
 
     rows = 16_384
     inputs = (
@@ -1579,8 +1584,9 @@ class Hopper:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, num_stages=3, **named):
+    def launch(self, *args, **named):
         values = dict(zip(self.kernel.arg_names, args)) | named
+        options = {name: named[name] for name in ("num_warps", "num_stages") if name in named}
         signature = {}
         constants = {}
         hints = {}
@@ -1594,8 +1600,8 @@ class Hopper:
             elif kind[0] == "*" or kind == "i32" and value % 16 == 0:
                 hints[i,] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, hints)
-        options = dict(num_warps=num_warps, num_stages=num_stages)
-        code = triton.compile(source, GPUTarget("cuda", 90, 32), options)
+        target = GPUTarget("cuda", 90, 32)
+        code = triton.compile(source, target, options)
         self.cubins[code.hash] = code.asm["cubin"]
 
 
@@ -1635,7 +1641,6 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
                 assert min(counts["HGMMA"], counts["UTMALDG"]) >= 4, (name, counts)
             if name == "_paged_part":
                 assert counts["HMMA"] >= 16
-    pool.shutdown()
 
 
 def test_the_demo_checks_every_kernel():
