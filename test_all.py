@@ -1613,20 +1613,26 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
             kernels[name] = Hopper(x)
             monkeypatch.setattr(K, name, kernels[name])
     monkeypatch.setattr(K, "_on_triton", lambda x: True)
-    cases = kernel_cases(dtype=torch.bfloat16)
-    for name in (
-        "flash_attention [64, [1, 63, 65]]",
-        "flash_attention [128, [65, 0, 7]]",
-        "paged_attention 16",
-        "paged_attention 4",
-        "paged_attention 256",
-        "rms_norm 128",
-        "rms_norm [128, 'residual']",
-        "qkv_rotary [8, 'norms']",
-        "swiglu 128",
-        "linear_cross_entropy 304",
-    ):
-        run_both_ways(*cases[name])
+    make = partial(torch.zeros, dtype=torch.bfloat16)                   # the widths of Qwen3-0.6B
+    at = torch.arange(256)
+    table = torch.zeros(4, 64, dtype=torch.int32)
+    for dim in (64, 128):
+        ends = dict(cu_seqlens_q=ends_of([256]), max_seqlen_q=256)
+        q, k, v = make(3, 256, 2, dim)
+        run_both_ways(K.flash_attention, ends, dict(q=q.repeat(1, 2, 1), k=k, v=v))
+        pages = make(2, 9, 16, 2, dim)
+        for splits in (1, 4):
+            K.paged_attention(make(4, 4, dim), *pages, table, table[:, 0], splits=splits)
+    x = make(256, 1024)
+    weight = make(1024)
+    for more in ({}, dict(residual=x)):
+        run_both_ways(K.rms_norm, {}, dict(x=x, weight=weight) | more)
+    angles = torch.zeros(256, 64)
+    heads = dict(heads=16, kv_heads=8, cos=angles, sin=angles, positions=at)
+    norms = dict(q_norm=weight[:128], k_norm=weight[:128])
+    run_both_ways(K.qkv_rotary, heads, dict(qkv=make(256, 4096)) | norms)
+    run_both_ways(K.swiglu, {}, dict(gate_up=make(256, 6144)))
+    run_both_ways(K.linear_cross_entropy, dict(targets=at), dict(hidden=x, weight=make(8192, 1024)))
     stores_in_place()
     row = torch.arange(4)
     K.sample(torch.zeros(4, 1000), 1.0, 5, 0.9, row, row)
