@@ -9,8 +9,8 @@
 t+k is generated while batch t is trained on), and the weights to use are an argument of each call. There are three
 distributions: mu, which a token was drawn from; prox, the trainer's before an update; and pi, which is being trained.
 pi / prox is what PPO clips, and min(prox / mu, C) weighs it (arXiv 2505.24298). On a GPU the engine computes what the
-trainer computes, to the bit, so for a batch of the current weights prox IS mu. That is checked on the first such batch
-and then relied upon: later ones are not measured again, and what is logged of the others is lag alone.
+trainer computes, to the bit, so for a batch of the current weights (at staleness 0 each is) prox IS mu. That is checked
+on the first such batch and then relied upon: later ones are not measured, and mismatch_kl of the others is lag alone.
 
 Public names: Config, train; the mathematics as pure functions (gae, whiten, group_advantages, kl_estimate, correction,
 token_rewards, overlong_penalty, policy_loss, value_loss, loss_weights); lay_out, measure, estimate, update, learn.
@@ -83,7 +83,7 @@ class Config:
     steps: int = 300                # batches
     lr: float = 2e-6                # of the policy
     critic_lr: float = 1e-5         # of the critic, whose head begins at 0
-    warmup: int = 10                # steps over which both rise
+    warmup: int = 10                # steps over which both rise, those of critic_warmup counted
     weight_decay: float = 0.0       # of matrices
     clip: float = 1.0               # largest norm of a gradient
     seed: int = 0                   # the same seed gives the same run
@@ -167,8 +167,8 @@ def correction(prox: Tensor, mu: Tensor, cap: float) -> Tensor:
     return (prox - mu).exp().clamp(max=cap).detach()
 
 def policy_loss(logprobs: Tensor, entropy: Tensor, part: dict, c: Config) -> tuple[Tensor, Tensor]:
-    """The loss of each action, and which are clipped: -min(r A, clip(r) A), at most -C A where A < 0 (arXiv 1707.06347,
-    eq. 7; the dual clip: arXiv 1912.09729). `part` has what is fixed during an update."""
+    """The loss of each action, and which are clipped: -min(r A, clip(r) A), at most -dual_clip A where A < 0 (arXiv
+    1707.06347, eq. 7; the dual clip: arXiv 1912.09729). `part` has what is fixed during an update."""
     advantages = part["advantages"]
     ratio = (logprobs - part["prox"]).clamp(-20, 20).exp()          # exp(20): beyond any clip, not beyond fp32
     free = ratio * advantages
@@ -184,11 +184,11 @@ def value_loss(values: Tensor, returns: Tensor) -> Tensor:
     return (values - returns).square() / 2
 
 def loss_weights(lengths: Tensor, how: str) -> Tensor:
-    """[actions]: what the losses of a minibatch are multiplied by, for their sum over all ranks to be its loss."""
-    row = lengths.double().repeat_interleave(lengths)               # [actions], the length of its row
+    """[actions]: the loss of a minibatch is the sum, over all ranks, of these weights times the losses of actions."""
+    length = lengths.double().repeat_interleave(lengths)            # [actions], of its row
     if how == "token-mean":
-        return torch.full_like(row, 1 / len(row))
-    return 1 / (len(lengths) * row)
+        return torch.full_like(length, 1 / len(length))
+    return 1 / (len(lengths) * length)
 
 # --- a batch: what training sees of a file of rollouts ---------------------------------------------------------------
 def lay_out(table: arrowlite.Table) -> dict:
@@ -214,7 +214,7 @@ def lay_out(table: arrowlite.Table) -> dict:
         "cut": torch.tensor(reasons == "length"),
         "mu": torch.tensor(table["logprobs"].flatten().to_numpy()).double(),        # [actions], as the next
         "versions": torch.tensor(table["versions"].flatten().to_numpy())}
-FIXED = "prox", "mu", "reference", "advantages", "returns", "weights"               # [actions]
+FIXED = "prox", "mu", "reference", "advantages", "returns", "weights"     # [actions], what updates read
 
 def micro_batches(batch: dict, rows, mesh, capacity: int) -> list[dict]:
     """This rank's share of some rows, in packs of up to `capacity` tokens, or of the longest row if that is more."""
@@ -232,8 +232,8 @@ def micro_batches(batch: dict, rows, mesh, capacity: int) -> list[dict]:
     return found
 
 def measure(model: Qwen3, batch: dict, c: Config) -> Tensor:
-    """Logprobs, or of a critic values, of all actions, on every rank. Each was found by one dp rank, so that the sum
-    over all ranks is exact."""
+    """Logprobs, or of a critic values, of all actions, on every rank. Each is found by one dp rank, and those of the
+    others add 0 to it: the total is exact."""
     def read(model, hidden, micro):
         hidden = hidden[micro["predict"]]
         if model.value_head:
@@ -267,7 +267,7 @@ def loss_of(model: Qwen3, hidden: Tensor, micro: dict, c: Config):
     else:
         logprobs, entropy = model.logprobs(hidden, micro["targets"], c.temperature)
         loss, clipped = policy_loss(logprobs, entropy, micro, c)
-        moved = kl_estimate("k3", micro["prox"], logprobs)
+        moved = kl_estimate("k3", micro["prox"], logprobs)                          # KL(prox || pi)
         numbers = [loss, clipped, entropy, moved]
     return (loss * micro["weights"]).sum(), numbers
 
@@ -441,9 +441,9 @@ class Rollouts:
         self.ray = importlib.import_module(c.runtime)
         self.ray.init(ignore_reinit_error=True)
         self.stores = []                        # where the ranks of each generator meet
-        count = 0 if c.device == "cpu" else torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-        gpus = visible.split(",")[:count]
+        devices = 0 if c.device == "cpu" else torch.cuda.device_count()
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        gpus = visible.split(",")[:devices]
         left = gpus[int(os.environ.get("LOCAL_WORLD_SIZE", 1)):]            # those that no trainer has, ...
         self.gpus = left or gpus                                            # ... or all are shared with the trainers
         self.options = {
@@ -513,7 +513,7 @@ class Rollouts:
         """Waits for what was asked: a row a response, in the order of the problems."""
         rows = []
         for generated, judged in asked:
-            pending = generated[1:] + judged
+            pending = generated[1:] + judged    # if rank 0 fails, its judges do
             while pending:                      # the first that fails is an error at once, even if others never come
                 ready, pending = self.ray.wait(pending)
                 self.ray.get(ready)
@@ -554,7 +554,7 @@ def train(c: Config) -> dict[int, float]:
             numbers = learn(r, lay_out(arrowlite.read(path)), step)
             r.log.log(step + 1, **numbers, seconds_wait=waited)
             r.done = step + 1
-        r.exchange(c.steps)                 # for the last score; and no rank leaves while another waits for it
+        r.exchange(c.steps)                 # for the last score, and no batch; no rank leaves while another waits
         r.policy.model.save_pretrained(Path(c.out, "model"))
         r.log.close()
         return r.scores
@@ -599,7 +599,7 @@ class Run:
         c = self.c
         weights = pack_weights(self.policy.model, step)
         found = [None]
-        new = step > self.start or step == 0        # a checkpoint that was just loaded has been here before
+        new = step > self.start or step == 0        # or it was just loaded: it was scored and saved before
         if self.rollouts:
             weights = self.rollouts.ray.put(weights)
             if self.rollouts.held_out and new and (step % c.eval_every == 0 or step == c.steps):
@@ -619,10 +619,11 @@ class Run:
         ahead = self.rollouts.finish(self.done) if self.rollouts else 0
         state = {"step": self.done, "ahead": ahead}
         for learner in filter(None, (self.critic, self.policy)):        # in this order: `restore` goes by the policy
-            own = folder / learner.name
-            parallel.save(own / f"step-{self.done:06d}", learner.model, learner.optimizer, state)
-            for old in sorted(own.glob("step-*"))[:-self.c.keep]:
-                if self.mesh.rank == 0:
+            path = folder / learner.name / f"step-{self.done:06d}"
+            parallel.save(path, learner.model, learner.optimizer, state)
+        if self.mesh.rank == 0:                                         # now that both are there
+            for own in folder.iterdir():
+                for old in sorted(own.glob("step-*"))[:-self.c.keep]:
                     shutil.rmtree(old)
 
     def restore(self) -> dict:
