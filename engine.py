@@ -4,7 +4,7 @@
                        ^  schedule |  launch  (a CUDA graph; what it samples       read
                        +-preempted-+           feeds the next step on the GPU)
 
-    cache, 16 tokens a page, all layers      | page 0 | page 1 | page 2 | ...       equal beginnings share pages (7),
+    cache, 16 tokens a page, all layers      | page 0 | page 1 | page 2 | ...      equal beginnings share pages (here 7)
     table of pages     seat 0 | 7 2 9 .      and a free page keeps what it held until it is overwritten: what is free
                        seat 1 | 7 4 . .      is the prefix cache
 
@@ -41,11 +41,11 @@ from parallel import Config, Mesh, Qwen3, arguments, init, local_folder, mistake
 #              weights of a row column by column: the order of a sum across a row follows from the shape of the tile.
 #   products   cuBLASLt sums a row of any batch in one order, unless it splits the inner dimension to keep the GPU busy
 #              with few rows. Without workspace it cannot. That costs nothing from 16 rows on, so a decode step has as
-#              many. (allow_splitk=False forbids it, too, but then `down` takes 69 us for 7 below 128 rows, H200.)
+#              many. (allow_splitk=False forbids it, too, but then `down` takes 69 us instead of 7 up to 127 rows.)
 #   the head   the logprob comes from the trainer's linear_cross_entropy, which is cut alike for any number of rows.
 # Workspaces are made with the first product, so this stands here. A trainer that imports this file gets the same.
 os.environ["CUBLASLT_WORKSPACE_SIZE"] = "1"
-os.environ["TORCH_CUBLASLT_UNIFIED_WORKSPACE"] = "0"    # cuBLAS keeps its own: without it a launch takes 85 us for 10
+os.environ["TORCH_CUBLASLT_UNIFIED_WORKSPACE"] = "0"    # cuBLAS keeps its own: or a launch takes 85 us instead of 10
 if torch.backends.cuda.is_built():
     torch.backends.cuda.preferred_blas_library("cublaslt")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -62,15 +62,15 @@ class SamplingParams:
     stop: str | list[str] | None = None                 # text that ends the output, and is left out of it
     stop_token_ids: int | list[int] | None = None       # like the model's own end-of-sequence tokens
     ignore_eos: bool = False                            # go on past the model's own end-of-sequence tokens
-    logprobs: int | None = None                         # for vLLM's programs: each token's own always comes, as a float
+    logprobs: int | None = None                         # of vLLM, ignored: each token's own always comes, as a float
     def __post_init__(self):
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         ids = self.stop_token_ids
         self.stop_token_ids = [ids] if isinstance(ids, int) else list(ids or [])
         heat = self.temperature == 0 or 1e-9 <= self.temperature < math.inf
-        if self.n < 1 or not heat or not 0 < self.top_p <= 1:
-            raise ValueError(f"n = {self.n}, temperature = {self.temperature}, top_p = {self.top_p}: take 1 sample or "
-                             "more, a temperature of 0 (greedy) or at least 1e-9, and top_p from (0, 1]")
+        if self.n < 1 or not heat or not 0 < self.top_p <= 1 or "" in self.stop:
+            raise ValueError(f"n = {self.n}, temperature = {self.temperature}, top_p = {self.top_p}, stop = {self.stop}"
+                             ": take 1 or more, 0 (greedy) or at least 1e-9, a share from (0, 1], and no empty string")
 
 @dataclass
 class CompletionOutput:
@@ -108,7 +108,7 @@ class Request:
     computed: int = 0
     seat: int = -1                                      # its row in the tables while it runs
     pages: list = ()
-    names: list = ()                                    # of what its full pages hold, behind that of nothing
+    names: list = ()                                    # of what its full pages hold; names[0], b"", is of nothing
 
 @dataclass
 class Row:
@@ -178,7 +178,7 @@ class Scheduler:
         self.seats = list(range(seats))                 # the free ones
         self.table = np.zeros([seats + 1, width], np.int32)         # pages
         self.settings = np.ones([4, seats + 1])         # seed (53 bits), top_k, top_p, temperature
-        self.settings[1] = 0                            # all: looking for nobody's best tokens takes 0.15 ms a step
+        self.settings[1] = 0                            # top_k of empty rows: to look for the best takes 0.15 ms
         self.preemptions = 0
         self.cached_tokens = 0
     def schedule(self):
@@ -188,7 +188,7 @@ class Scheduler:
         before = self.preemptions
         for request in [*self.running, *self.waiting]:
             if request.seat < 0 and (self.preemptions > before or not budget or not self.admit(request)):
-                break
+                break                                   # who was preempted now has a token that is not yet read
             start = request.computed
             count = min(request.total - start, budget) if request.total < request.limit else 0
             if count and self.grow(request, start + count):
@@ -314,7 +314,7 @@ class Runner:
         return *results, torch.cuda.current_stream().record_event()
     def inputs(self, rows, size):                       # of these rows, and empty ones behind them
         ids = []
-        for row in rows:                                # -1 - seat stands for what the step before has sampled there
+        for row in rows:                                # not known here: -1 - seat stands for what was sampled there
             ids += row.request.tokens[row.start:row.start + row.count] or [-1 - row.request.seat]
         empty = size - len(rows)
         where = [(row.request.seat, row.start, row.count) for row in rows] + [(self.nobody, 0, 1)] * empty
@@ -432,8 +432,8 @@ class LLM:
         there = any(folder.glob("tokenizer*"))          # else prompts are token ids, and outputs have no text
         self.tokenizer = AutoTokenizer.from_pretrained(folder) if there else None
         width = math.ceil(self.max_model_len / block_size)
-        most = max_num_seqs * width                     # pages
-        cache = make_cache(self.model, num_gpu_blocks_override, block_size, most, gpu_memory_utilization)
+        cache = make_cache(self.model, num_gpu_blocks_override, block_size,
+                           max_num_seqs * width, gpu_memory_utilization)
         blocks = Blocks(cache.shape[2] - 1, block_size, enable_prefix_caching)
         self.scheduler = Scheduler(blocks, max_num_seqs, width, max_num_batched_tokens)
         self.runner = Runner(self.model, cache, self.scheduler, not enforce_eager, exact)
@@ -563,7 +563,7 @@ class LLM:
             for pair in zip(prompts, sampling_params):
                 ids.append(self.add_request(*pair))
             with tqdm(total=len(ids), disable=silent, unit="request") as bar:
-                while len(self.finished.keys() & ids) < len(ids):
+                while set(ids) - self.finished.keys():
                     self.advance()
                     bar.update(len(self.finished.keys() & ids) - bar.n)
             return [self.finished.pop(request_id) for request_id in ids]

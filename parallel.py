@@ -42,7 +42,7 @@ from kernels import flash_attention, linear_cross_entropy, qkv_rotary, rms_norm,
 
 # --- what every program shares: its settings, and the user's mistakes ------------------------------------------------
 def refuse(message):
-    """One line, and exit code 2, from rank 0: its end ends the others, who wait. One that is alone in it tells, too."""
+    """One line, and exit code 2, from rank 0: its end ends the others. Another waits 5 s for that, and tells."""
     if os.environ.get("RANK", "0") != "0":
         time.sleep(5)
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
@@ -54,7 +54,7 @@ def mistakes():
     try:
         yield
     except (ValueError, OSError) as error:
-        refuse(getattr(error, "cause", None) or error)      # an actor's error tells its traceback, too
+        refuse(getattr(error, "cause", None) or error)      # an actor's error has its traceback in it
 
 def arguments(kind, args=None):
     """An object of this dataclass, from flags. --help shows the comment beside each field, and its default."""
@@ -162,7 +162,7 @@ class Mesh:
     device: torch.device | str | None = None
     dp_group: object = None                 # the ranks that differ from this one in dp alone; None: no others
     tp_group: object = None
-    rows_group: object = None               # with sequence parallel that of tp: its ranks share norms by tokens, too
+    rows_group: object = None               # set by a model with sequence parallel: tp's, which shares norms by tokens
     pp_group: object = None                 # for messages from stage to stage; those on the way back have a link of
     pp_back_group: object = None            # their own: on one for both, NCCL would queue them up
     pp_ends_group: object = None            # the first and the last stage, which share tied embeddings
@@ -226,7 +226,7 @@ def summed(x, mesh, later=False):
 
 # --- tensor parallel: products whose ranks meet ----------------------------------------------------------------------
 class _Linear(torch.autograd.Function):
-    """x @ weight', where a tp rank has some columns of the product, or some terms of its sums. Backward adds the
+    """x @ weight', where a tp rank has some columns of the product, or (terms) some of x. Backward adds the
     gradient of the weight to weight.grad within the product, in fp32; meanwhile ranks add up that of x."""
     @staticmethod
     def forward(ctx, x, weight, mesh, terms):
@@ -360,7 +360,7 @@ class Qwen3(nn.Module):
             if "layers" in path:
                 spec.layer = int(path[2])
             spec.stage = self.stage_of(spec.layer)
-            spec.owner = (spec.layer + 1) % mesh.size * mesh.dp // mesh.size        # the dp rank that steps it
+            spec.owner = (spec.layer + 1) % mesh.size * mesh.dp // mesh.size        # the dp rank that steps, saves it
             spec.axis = None if norm or module == "score" else int(ours in ("out", "down"))         # that tp splits
             spec.part = self.part(whole.detach().to("meta"), spec.axis)
             spec.small = spec.axis is None or kind == "bias"                # kept in fp32, and not decayed
@@ -377,14 +377,14 @@ class Qwen3(nn.Module):
                 groups[-1, "head_weight"] = [words]
         rotary = rotary_tables(config, self.device)
         layers = [Layer(i, config, mesh, rotary) for i in range(config.num_hidden_layers)]
-        modules = [*layers, self]           # that of layer -1 is the last
+        modules = [*layers, self]           # layers -1 and n, embedding and head, are the model's own
         for (layer, ours), specs in groups.items():
             whole = torch.cat([spec.part for spec in specs])                # query, key and value, side by side
             p = nn.Parameter(torch.zeros_like(whole, dtype=specs[0].dtype, device=self.device))
             p.specs = specs
             p.spec = specs[0]               # in all but the name they are alike
             setattr(modules[layer], ours, p)
-        self.layers = nn.ModuleList(layer for layer in layers if hasattr(layer, "qkv"))       # those here
+        self.layers = nn.ModuleList(layer for layer in layers if hasattr(layer, "qkv"))       # of this stage
         if self.tied and mesh.pp == 1:
             self.head_weight = self.embed
     def stage_of(self, layer):
@@ -759,7 +759,7 @@ def learn(model, documents, capacity):
     losses = []
     for step in range(6):
         start = time.perf_counter()
-        total = torch.as_tensor(sum(run(model, batches, loss)) / mesh.tp, device=mesh.device)
+        total = torch.as_tensor(sum(run(model, batches, loss)) / mesh.tp, dtype=torch.float64, device=mesh.device)
         optimizer.step()
         if mesh.size > 1:
             dist.all_reduce(total)

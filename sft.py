@@ -109,7 +109,7 @@ def conversation(row, asked, said):
         working, _, final = answer.rpartition("\n####")
         working = re.sub("<<.*?>>", "", working)
         answer = f"{working}\nThe answer is \\boxed{{{final.strip()}}}."
-        asked = "problem"
+        asked = "problem"                   # for the next line
     if asked == "problem":                  # in the words in which evaluate.py and ppo.py ask
         question = chat_messages(question)
     answer = turns(answer, "assistant")
@@ -137,7 +137,7 @@ def conversations(row):
 
 def is_held_out(messages, share):
     """By the words of its first question: with two solutions it is on one side, and in every data set on the same."""
-    question = next(message["content"] for message in messages if message["role"] == "user")
+    question = next((message["content"] for message in messages if message["role"] == "user"), "")
     return random.Random(" ".join(question.lower().split())).random() < share
 
 # --- the chat template: which tokens are the assistant's -------------------------------------------------------------
@@ -177,7 +177,7 @@ class Chat:
         for k, turn in enumerate(turns):
             if turn["role"] == "assistant":
                 head = self.render(turns[:k], add_generation_prompt=True, enable_thinking=False)
-                if not whole.startswith(head):                  # Qwen3 has empty thoughts in the last turn alone
+                if not whole.startswith(head):                  # Qwen3 writes earlier turns without empty thoughts
                     head = self.render(turns[:k], add_generation_prompt=True)
                 if not whole.startswith(head):
                     raise ValueError("the chat template writes a turn differently than the prompt to generate it")
@@ -189,7 +189,7 @@ class Chat:
         for start in range(0, len(documents), 1000):
             some = documents[start : start + 1000]
             encode = self.tokenizer.backend_tokenizer.encode_batch_fast
-            encodings = iter(encode(list(itertools.chain(*some)), add_special_tokens=False))
+            encodings = iter(encode(sum(some, []), add_special_tokens=False))
             for pieces in some:
                 parts = [next(encodings).ids for _ in pieces]
                 learned = np.arange(len(parts), dtype=np.uint8) % 2
@@ -267,23 +267,23 @@ class Examples:
         parts = [np.split(column.flatten().to_numpy(), column.lengths().cumsum()[:-1]) for column in columns]
         self.rows = list(zip(*parts))       # (ids, mask), or (ids of the chosen, mask, ids of the rejected, mask)
         self.lengths = np.stack([column.lengths() for column in columns[0::2]], 1)      # [rows, 1 or 2] tokens
-        # Of these are learned; never a document's first, which nothing precedes.
-        self.targets = np.array([[mask[1:].sum() for mask in row[1::2]] for row in self.rows], int)
+        # So many are learned; never a document's first, which nothing precedes.
+        self.counts = np.array([[mask[1:].sum() for mask in row[1::2]] for row in self.rows], int)
         self.reference = torch.zeros(self.lengths.shape)                                # dpo: logprobs
         held_out = table["held_out"].to_numpy()
-        self.held_out = np.flatnonzero(held_out)                                        # numbers of rows
-        self.learned = np.flatnonzero(held_out == 0)
+        self.held_out = np.flatnonzero(held_out)                                        # rows, by their numbers
+        self.learned = np.flatnonzero(held_out == 0)                                    # those of the others
 
     def micro_batches(self, rows, max_tokens, mesh):
-        """These rows, packed: the part of this dp rank. Of pairs, documents are chosen, rejected, chosen, rejected."""
+        """This dp rank's part of these rows, packed; of pairs: chosen, rejected, ... (count, pairs: of all ranks.)"""
         bins = pack(self.lengths[rows].sum(1), max_tokens, mesh.dp)
         batches = []
         for some in filter(None, bins[mesh.dp_rank :: mesh.dp]):
             mine = rows[some]
-            parts = list(itertools.chain(*[self.rows[row] for row in mine]))
+            parts = sum([self.rows[row] for row in mine], ())
             batches.append(parallel.micro_batch(parts[0::2], parts[1::2]) | {
-                "rows": mine, "count": int(self.targets[rows].sum()), "pairs": len(rows),
-                "answers": torch.from_numpy(self.targets[mine].flatten()), "reference": self.reference[mine]})
+                "rows": mine, "count": int(self.counts[rows].sum()), "pairs": len(rows),
+                "answers": torch.from_numpy(self.counts[mine].flatten()), "reference": self.reference[mine]})
         return batches
 
 # --- losses: sums over a micro-batch, divided by the count of the whole step -----------------------------------------
@@ -298,7 +298,7 @@ def sft_loss(model, hidden, batch):
     return loss, {"loss": loss}
 
 def answer_logprobs(model, hidden, batch):
-    """Sums over each answer, [pairs, 2], always in one order; unsafe: without a check that waits for the GPU."""
+    """Sums over each answer, [pairs, 2], without atomics; unsafe: without a check that waits for the GPU."""
     return torch.segment_reduce(
         logprobs(model, hidden, batch), "sum", lengths=batch["answers"], unsafe=True).view(-1, 2)
 
@@ -414,7 +414,7 @@ def means(config, model, batches, backward=True):
     loss = partial(dpo_loss, beta=config.beta) if config.loss == "dpo" else sft_loss
     names = NAMES[config.loss]
     sums = torch.zeros(len(names), dtype=torch.float64, device=model.mesh.device)
-    for found in parallel.run(model, batches, loss, backward=backward):         # none but on the last stage
+    for found in parallel.run(model, batches, loss, backward=backward):         # of other stages than the last: none
         sums += torch.stack(list(found.values())).detach()
     return dict(zip(names, total(sums, model.mesh)))
 
