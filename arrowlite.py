@@ -323,20 +323,20 @@ def family_of(kind):
             return family
     return "list" if hasattr(kind, "__len__") else "fixed"
 
+OPEN = {"list": "list<null>", "struct": "struct"}
 NATURAL = {dt.date: "date32", dt.datetime: "timestamp[us]", dt.timedelta: "duration[us]"}
 
 def natural(values):
     """The type that is natural for Python values; what lists and structs hold is left open."""
-    kinds = set(map(type, values))
-    families = set(map(family_of, kinds))
-    if families == {"struct"}:
-        return Type("struct")
-    if families == {"list"}:
-        return Type("list", [("item", "null")])
-    if kinds == {dt.datetime} and values[0].tzinfo:
-        return Type("timestamp", unit="us", tz="UTC")
-    specs = {NATURAL.get(type(value)) or getattr(value, "dtype", type(value)) for value in values}
-    return reduce(unify, map(as_type, specs), Type("null"))
+    found = Type("null")
+    for spec, value in {getattr(value, "dtype", type(value)): value for value in values}.items():
+        family = family_of(type(value))
+        if family == "fixed" and getattr(value, "tzinfo", None):
+            spec = "timestamp[us, UTC]"
+        elif family in OPEN:
+            spec = OPEN[family]
+        found = unify(found, as_type(NATURAL.get(spec, spec)))
+    return found
 
 def build(values, kind=None):
     """Python values as an array of a type, or of the one that is natural for them; a ValueError if one does not fit."""
@@ -354,11 +354,10 @@ def build(values, kind=None):
         data = np.zeros(n, kind.dtype)
         data[valid] = exact(some, kind)
     elif kind.dtype is None:
-        rows = [value or {} for value in values]
-        for name in dict.fromkeys(chain(kind.names, *some)):
+        columns = transpose([value or {} for value in values], chain(kind.names, *some))
+        for name, column in columns.items():
             with naming(f"column {name!r}", KeyError):
-                part = None if free else kind.field(name).type
-                children[name] = build([row.get(name) for row in rows], part)
+                children[name] = build(column, None if free else kind.field(name).type)
     else:
         lengths = np.full(n, kind.size)
         if kind.family == "utf8":
@@ -377,6 +376,10 @@ def build(values, kind=None):
     if free and kind.family in ("struct", "list"):
         kind = Type(kind.name, [(name, child.type) for name, child in children.items()])
     return Array(kind, n, data, list(children.values()), None if valid.all() else valid)
+
+def transpose(rows, names):
+    """{name: its values}; where a row lacks it, it is null."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(names)}
 
 def join_rows(rows, part):
     """The items of all rows, of a type or of the natural one."""
@@ -617,8 +620,7 @@ class Table(Column):
     def from_pylist(cls, rows, schema=None):
         """A name that a row lacks is null there."""
         rows = list(rows)
-        names = dict.fromkeys(chain.from_iterable(rows))
-        return cls.from_pydict({name: [row.get(name) for row in rows] for name in names}, schema)
+        return cls.from_pydict(transpose(rows, chain(*rows)), schema)
 
     @classmethod
     def from_jsonl(cls, path, schema=None):
@@ -684,9 +686,8 @@ class Table(Column):
             else:
                 rows = part.to_pylist()
                 results = [fn(dict(row)) or {} for row in rows]
-                new = {}
-                for name in dict.fromkeys(chain.from_iterable(results)):
-                    new[name] = [result.get(name, row.get(name)) for row, result in zip(rows, results)]
+                merged = [row | result for row, result in zip(rows, results)]
+                new = transpose(merged, chain(*results))
             columns = kept[start:start + size].columns()
             parts.append(Table.from_pydict(columns | new, metadata=self.schema.metadata))
         return concat(parts) if parts else kept
@@ -765,32 +766,29 @@ def refer(out, place, other):
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
     def number(code, at):                       # refuses what lies outside of the buffer
-        return struct.unpack_from(code, buffer, at)[0]
+        return struct.unpack_from("<" + code, buffer, at)[0]
 
-    def many(code, at):
-        start = at + number("I", at) + 4
-        count = number("I", start - 4)
+    def slot(code, place):
+        if not place:
+            return b"" if code in "sV123" else int(code == "H")
+        place += at
+        if code == "T":
+            return place
+        if code not in "sV123":
+            return number(code, place)
+        place += number("I", place) + 4
+        count = number("I", place - 4)
         if code == "s":
-            return buffer[start:start + count]
+            return buffer[place:place + count]
         if code == "V":
-            return range(start, start + 4 * count, 4)
-        longs = np.frombuffer(buffer, "<i8", int(code) * count, start)
-        return longs.reshape(count, int(code)).tolist()
+            return range(place, place + 4 * count, 4)
+        size = 8 * int(code)
+        return list(struct.iter_unpack(f"<{code}q", buffer[place:place + size * count]))
 
     at += number("I", at)
     vtable = at - number("i", at)
     places = struct.unpack_from(f"<{number('H', vtable) // 2}H", buffer, vtable)[2:]
-    slots = []
-    for code, place in zip(formats, [*places, *bytes(len(formats))]):
-        if not place:
-            slots.append(b"" if code in "sV123" else int(code == "H"))
-        elif code == "T":
-            slots.append(at + place)
-        elif code in "sV123":
-            slots.append(many(code, at + place))
-        else:
-            slots.append(number(code, at + place))
-    return slots
+    return list(map(slot, formats, [*places, *bytes(len(formats))]))
 
 # --- schemas as metadata ---------------------------------------------------------------------------------------------
 
@@ -866,7 +864,7 @@ def lend(a, kind):
     import pyarrow
     own, children = buffers_of(a)
     own = list(map(pyarrow.py_buffer, own))
-    if a.type.name == "null" or not a.null_count:
+    if not own or not a.null_count:
         own[:1] = [None]
     children = [lend(child, kind.field(i).type) for i, child in enumerate(children)]
     return pyarrow.Array.from_buffers(kind, a.length, own, a.null_count, children=children)
@@ -890,7 +888,8 @@ class Batch:
     def __init__(self, buffer, at, body, dictionaries):
         self.rows, nodes, places, compressed, counts = parse(buffer, at, RECORD_BATCH)
         check(not compressed, "it is compressed; read it with Table.from_arrow(pyarrow.feather.read_table(path))")
-        self.lists = nodes, places, counts                  # counts: of buffers, one for each array of views
+        # before the columns comes the table: a struct without nulls. counts: of buffers, one for each array of views
+        self.lists = [(self.rows, 0), *nodes], [(0, 0), *places], counts
         self.body = body
         self.dictionaries = dictionaries                    # {number: the Batch of its values}
         self.most = max(1 << 18, 8 * len(body))             # rows: one takes a bit at least, but for nulls
@@ -898,14 +897,11 @@ class Batch:
 
     def table(self, kind):
         self.nodes, self.places, self.counts = map(iter, self.lists)
-        children = [self.array(part) for part in kind.parts]
-        check(all(child.length == self.rows for child in children))
-        return Array(kind, self.rows, None, children)
+        return self.array(kind)
 
     def buffer(self, dtype="u1", count=-1):
         """The next one, all of it or so many items."""
         start, length = next(self.places)
-        check(0 <= start and 0 <= length <= len(self.body) - start)
         return np.frombuffer(self.body[start:start + length], dtype, count)
 
     def bits(self, count):
@@ -957,14 +953,13 @@ class Batch:
 
     def views(self, kind, n, valid):
         """A view is a length, and then either up to 12 bytes or (4 bytes, buffer, position)."""
-        entries = self.buffer(count=16 * n)
+        entries = self.buffer("V16", n).tolist()
         buffers = [self.buffer() for _ in range(*next(self.counts))]
         rows = [None] * n
         for i in range(n) if valid is None else np.flatnonzero(valid):
-            entry = entries[16 * i:16 * i + 16]
-            length, _, owner, start = struct.unpack("<4i", entry)
-            source = entry[4:] if length <= 12 else buffers[owner][start:]
-            rows[i] = source[:length].tobytes()
+            length, _, owner, start = struct.unpack("<4i", entries[i])
+            source = entries[i][4:] if length <= 12 else buffers[owner][start:]
+            rows[i] = bytes(source[:length])
             check(len(rows[i]) == length)
         made = build(rows, Type("large_binary"))
         made.type = kind
@@ -1008,8 +1003,8 @@ class Writer(contextlib.ExitStack):
         self.blocks = []                                    # [batches, 3] where each is, its metadata's and body's size
         self.file = self.enter_context(atomic(path))
         self.push(self.finish)
-        self.file.write(b"" if stream else b"ARROW1\0\0")
-        self.file.write(message(SCHEMA, write_schema(self.schema)))
+        magic = b"" if stream else b"ARROW1\0\0"
+        self.file.write(magic + message(SCHEMA, write_schema(self.schema)))
 
     def write(self, rows):
         """Add a table, a list of rows or a dict of columns."""
@@ -1022,22 +1017,20 @@ class Writer(contextlib.ExitStack):
 
     def write_batch(self, batch):
         refuse_nulls(batch, self.schema)
-        nodes = []
-        buffers = []
+        _, *laid = lay_out(batch)                           # the table itself is described by its schema
+        nodes = [node for node, _ in laid]
         places = []
+        body = []
         size = 0
-        for child in batch.children:
-            lay_out(child, nodes, buffers)
-        for buffer in buffers:
+        for buffer in chain.from_iterable(own for _, own in laid):
+            padding = bytes(-len(buffer) % 64)
             places.append((size, len(buffer)))
-            size += len(buffer) + -len(buffer) % 64
+            body += [buffer, padding]
+            size += len(buffer) + len(padding)
         header = pack(RECORD_BATCH, batch.length, items(np.array(nodes)), items(np.array(places)))
         metadata = message(BATCH, header, size)
         self.blocks.append((self.file.tell(), len(metadata), size))
-        self.file.write(metadata)
-        for buffer in buffers:
-            self.file.write(buffer)
-            self.file.write(bytes(-len(buffer) % 64))
+        self.file.writelines([metadata, *body])
 
     def finish(self, error, *_):
         if error:
@@ -1048,13 +1041,12 @@ class Writer(contextlib.ExitStack):
             footer = pack(FOOTER, 4, write_schema(self.schema), None, blocks)
             self.file.write(footer + struct.pack("<i", len(footer)) + b"ARROW1")
 
-def lay_out(a, nodes, buffers):
-    """Depth first: each array's length and nulls, and its buffers."""
+def lay_out(a):
+    """Of an array and all below it, depth first: (rows, nulls), and its buffers."""
     own, children = buffers_of(a)
-    nodes.append((a.length, a.null_count))
-    buffers += own
+    yield (a.length, a.null_count), own
     for child in children:
-        lay_out(child, nodes, buffers)
+        yield from lay_out(child)
 
 def refuse_nulls(a, kind):
     """What may not be null, in columns, structs and lists, is not; but for what stands below a null."""
@@ -1107,7 +1099,7 @@ def messages(fd, memory):
     if not stream:
         check(head == b"ARROW1", f"it begins with {head!r}, as no Arrow file does")
         length, magic = struct.unpack("<i6s", os.pread(fd, 10, size - 10))
-        check(magic == head and 0 < length <= size - 18)
+        check(magic == head)
         footer = os.pread(fd, length, size - 10 - length)
         _, schema, dictionaries, batches = parse(footer, 0, FOOTER)
         yield SCHEMA, footer, schema, None
@@ -1118,7 +1110,7 @@ def messages(fd, memory):
             return
         mark, length = struct.unpack("<ii", head)
         start = at + 8 + length
-        check(mark == -1 and 0 < length <= size - at)
+        check(mark == -1)
         metadata = os.pread(fd, length, at + 8)
         _, kind, header, body = parse(metadata, 0, MESSAGE)
         check(0 <= body <= size - start)
