@@ -563,12 +563,12 @@ def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
     """Members a and b of each of 40 levels have the same members: 2**40 fields in a few thousand bytes."""
     fields = b""
     for _ in range(40):
-        a, b = [al.pack(al.FIELD, al.items(name), 1, 13, al.pack(""), None, b"")
+        a, b = [al.pack(al.items(name), 1, 13, al.pack(), None, b"")
                 for name in (b"a", b"b")]
         struct.pack_into("<I", a, 48, len(a) + len(b) - 44)             # its members come after those of b
         fields += struct.pack("<4I", 4, 2, 12, 8 + len(a)) + a + b
     fields += al.vector([])
-    schema = al.pack(al.SCHEMA_TABLE, None, fields)
+    schema = al.pack(None, fields)
     stream = al.message(al.SCHEMA, schema)
     assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
 
