@@ -157,10 +157,13 @@ def as_type(spec):
         spec = np.dtype(spec).name
     parts = re.fullmatch(r"(\w+)(?:<(.+)>)?(?:\[(\d*)(\w*)(?:, *(.+))?\])?", ALIASES.get(spec, spec))
     name = parts and ALIASES.get(parts[1], parts[1])
-    if name not in DTYPES:
-        raise ValueError(f"{spec!r} is no Arrow type that can be spelled; those are {', '.join(DTYPES)}")
+    check(name in DTYPES, f"{spec!r} is no Arrow type that can be spelled; those are {', '.join(DTYPES)}")
     _, inner, size, unit, tz = parts.groups("")
     return Type(name, [("item", inner)] if inner else (), int(size or 0), unit, tz)
+
+def check(fine, why="it is damaged, or was cut off"):
+    if not fine:
+        raise ValueError(why)
 
 @contextlib.contextmanager
 def naming(where, *errors):
@@ -208,7 +211,7 @@ class Array:
             children = [self.children[0].pick(slice(first, data.item(-1)))]
             data = data - first if first else data
         else:
-            starts = data[rows].astype(np.int64)
+            starts = data[rows].astype(int)
             lengths = data[rows + 1] - starts
             data = offsets_of(lengths, self.type)
             children = [self.children[0].pick_spans(starts, lengths)]
@@ -267,11 +270,11 @@ class Array:
 
 def offsets_of(lengths, kind):
     """lengths [rows] -> offsets [rows + 1]"""
-    offsets = np.zeros(len(lengths) + 1, np.int64)
+    offsets = np.zeros(len(lengths) + 1, int)
     np.cumsum(lengths, out=offsets[1:])
     if offsets[-1] > np.iinfo(kind.dtype).max:
         raise ValueError(f"{offsets[-1]:,} bytes or items are too many for {kind}; use large_{kind}")
-    return offsets.astype(kind.dtype, copy=False)
+    return offsets.astype(kind.dtype)
 
 def python_times(kind, values):
     """date, datetime, timedelta where they hold the value exactly, else numpy's scalars (nanoseconds, far years)."""
@@ -343,9 +346,8 @@ def build(values, kind=None):
     some = [value for value in values if value is not None]
     free = kind is None
     kind = kind or natural(some)
-    wrong = set(map(family_of, set(map(type, some)))) - {kind.family}
-    if wrong:
-        raise ValueError(f"a value of the family {wrong.pop()} is no {kind}")
+    families = set(map(family_of, set(map(type, some))))
+    check(families <= {kind.family}, f"values of the families {families} are no {kind}")
     data = None
     children = {}
     if kind.family == "fixed":
@@ -362,8 +364,7 @@ def build(values, kind=None):
             some = [value.encode() for value in some]
         lengths[valid] = [len(row) for row in some]
         if kind.is_sized:
-            if (lengths != kind.size).any():
-                raise ValueError(f"a row of another length is no {kind}")
+            check((lengths == kind.size).all(), f"a row of another length is no {kind}")
             blank = bytes(kind.size) if kind.is_bytes else [None] * kind.size
             some = [blank if value is None else value for value in values]
         data = offsets_of(lengths, kind)
@@ -383,7 +384,7 @@ def join_rows(rows, part):
     """The items of all rows, of a type or of the natural one."""
     if rows and all(hasattr(row, "__array__") for row in rows):
         return array(np.concatenate(rows), part).combine()
-    return build(list(chain.from_iterable(rows)), part)
+    return build(list(chain(*rows)), part)
 
 def exact(values, kind):
     """Numbers and times as a type stores them; only floats may be rounded, to other floats."""
@@ -520,7 +521,7 @@ class Column:
     def lengths(self):
         """Of lists: how many items each row has, int64 [rows]; 0 for a null. No item is read."""
         lengths = [np.diff(batch.data) * batch.flags() for batch in self.batches()]
-        return np.concatenate([np.zeros(0, np.int64), *lengths])
+        return np.concatenate([np.zeros(0, int), *lengths])
 
     def flatten(self):
         """Of lists: the items of all rows, one after the other; of a stretch of one chunk it is a view."""
@@ -536,11 +537,11 @@ class Column:
         """The rows of these numbers, in this order; negative ones count from the end."""
         n = len(self)
         rows = np.asarray(indices)
-        if rows.size and rows.dtype.kind not in "iu":
-            raise ValueError(f"select takes row numbers, not {rows.dtype}; for a mask there is filter")
+        numbers = not rows.size or rows.dtype.kind in "iu"
+        check(numbers, f"select takes row numbers, not {rows.dtype}; for a mask there is filter")
         if ((rows < -n) | (rows >= n)).any():
             raise IndexError(f"a row number is outside of {n:,} rows")
-        rows = rows.astype(np.int64) % n
+        rows = rows.astype(int) % n
         if isinstance(self.rows, range):
             rows = self.rows.start + self.rows.step * rows
         else:
@@ -552,8 +553,7 @@ class Column:
         if callable(keep):
             keep = [bool(keep(row)) for row in self]
         mask = array(keep, "bool").combine()
-        if mask.length != len(self):
-            raise ValueError(f"a mask of {mask.length:,} for {len(self):,} rows")
+        check(mask.length == len(self), f"a mask of {mask.length:,} for {len(self):,} rows")
         return self.select(np.flatnonzero(mask.data & mask.flags()))
 
     def shuffle(self, seed=None):
@@ -562,8 +562,7 @@ class Column:
     def split(self, test_size, seed=None):
         """(train, test) of the shuffled rows; test_size is a share (float) or a number of rows (int)."""
         rows = round(test_size * len(self)) if isinstance(test_size, float) else test_size
-        if not 0 <= rows <= len(self):
-            raise ValueError(f"a test set of {test_size} cannot be taken from {len(self):,} rows")
+        check(0 <= rows <= len(self), f"a test set of {test_size} cannot be taken from {len(self):,} rows")
         shuffled = self.shuffle(seed)
         return shuffled[rows:], shuffled[:rows]
 
@@ -607,8 +606,7 @@ class Table(Column):
             with naming(f"column {name!r}", KeyError, TypeError):
                 arrays[name] = array(values, schema and schema.field(name).type).combine()
         lengths = {made.length for made in arrays.values()}
-        if len(lengths) > 1:
-            raise ValueError(f"columns of different lengths: {sorted(lengths)}")
+        check(len(lengths) < 2, f"columns of different lengths: {sorted(lengths)}")
         n = max(lengths, default=0)
         schema = schema or Schema({name: made.type for name, made in arrays.items()}, metadata)
         children = [arrays.get(name) or build([None] * n, kind) for name, kind, _ in schema]
@@ -703,8 +701,7 @@ def conform(table, schema):
     return table.batches()
 
 def json_value(value):
-    if isinstance(value, bytes):
-        raise ValueError("JSON has no bytes; drop or convert that column first")
+    check(not isinstance(value, bytes), "JSON has no bytes; drop or convert that column first")
     return value.isoformat() if isinstance(value, dt.date) else str(value)
 
 # --- flatbuffers: the metadata of a file -----------------------------------------------------------------------------
@@ -875,10 +872,6 @@ def import_pyarrow():
         raise ImportError("this takes pyarrow, which is not installed: pip install pyarrow") from None
     return pyarrow
 
-def check(fine, why="it is damaged, or was cut off"):
-    if not fine:
-        raise ValueError(why)
-
 class Batch:
     """Reads arrays off a record batch: its nodes and buffers, depth first. All checks of a file's data are here: what
     leaves it points nowhere but into its own buffers."""
@@ -945,7 +938,7 @@ class Batch:
         """The values that the indices of a dictionary stand for. Null is one more value, the last."""
         codes = self.array(index)
         values = self.dictionaries[number].table(Type("struct", [("values", kind)])).children[0]
-        rows = np.where(codes.flags(), codes.data.astype(np.int64), values.length)
+        rows = np.where(codes.flags(), codes.data.astype(int), values.length)
         check((rows >= 0).all())                            # too large ones are an IndexError
         return join(kind, [values, build([None], kind)]).pick(rows)
 
@@ -978,8 +971,8 @@ def message(kind, header, body=0):
 def atomic(path):
     """A file that appears under its name whole and on disk, or not at all."""
     final = os.path.realpath(path)
-    if os.path.exists(final) and not os.path.isfile(final):
-        raise ValueError(f"{path} is a directory or a device, and no file that can be replaced")
+    replaceable = os.path.isfile(final) or not os.path.exists(final)
+    check(replaceable, f"{path} is a directory or a device, and no file that can be replaced")
     temporary = f"{final}.{os.getpid()}.tmp"
     with open(temporary, "wb", 1 << 20) as file:
         try:
@@ -1049,8 +1042,7 @@ def lay_out(a):
 def refuse_nulls(a, kind):
     """What may not be null, in columns, structs and lists, is not; but for what stands below a null."""
     for child, field in zip(a.children, kind.fields):
-        if child.null_count and not field.nullable:
-            raise ValueError(f"column {field.name!r} has nulls, which its schema forbids")
+        check(field.nullable or not child.null_count, f"column {field.name!r} has nulls, which its schema forbids")
         if field.type.fields:
             refuse_nulls(child.shown(), field.type)
 
