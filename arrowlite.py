@@ -38,7 +38,7 @@ import tempfile
 import timeit
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
-from functools import cache, partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import accumulate, chain, pairwise
 from typing import NamedTuple
 
@@ -77,7 +77,7 @@ class Field(NamedTuple):
 def quoted(name):
     return name if re.fullmatch(r"[\w/+:-]*", name) else repr(name)
 
-@dataclass(eq=False, repr=False)
+@dataclass
 class Type:
     """A type's name, and what that name needs. It equals its spelling, too: column.type == "list<int32>"."""
     name: str
@@ -175,7 +175,7 @@ def naming(where, *errors):
 
 # --- arrays: numpy views that belong together ------------------------------------------------------------------------
 
-@dataclass(eq=False)
+@dataclass
 class Array:
     """Rows of one type; immutable."""
     type: Type
@@ -407,7 +407,7 @@ def unify(a, b):
     if a.name == "null":
         return b
     if a.family == b.family != "fixed" and a.size == b.size:                    # lists, texts or structs
-        members = {field.name: field.type for field in a.fields}
+        members = dict(zip(a.names, a.parts))
         for name, kind, _ in b.fields:
             with naming(f"column {name!r}"):
                 members[name] = unify(members.get(name, kind), kind)
@@ -733,7 +733,7 @@ def items(rows):
     """A string of bytes, or a vector of structs from an array."""
     return struct.pack("<II", 4, len(rows)) + bytes(rows) + b"\0"
 
-def vector(tables):
+def vector(*tables):
     n = len(tables)
     out = bytearray(struct.pack("<II", 4, n) + bytes(4 * n))
     for i in range(n):
@@ -760,8 +760,8 @@ def refer(out, place, other):
 
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
-    def number(code, at):                       # refuses what lies outside of the buffer
-        return struct.unpack_from("<" + code, buffer, at)[0]
+    def number(at, code="<i"):                  # refuses what lies outside of the buffer
+        return struct.unpack_from(code, buffer, at)[0]
 
     def slot(code, place):
         if not place:
@@ -770,9 +770,9 @@ def parse(buffer, at, formats):
         if code == "T":
             return place
         if code not in "sV123":
-            return number(code, place)
-        place += number("I", place) + 4
-        count = number("I", place - 4)
+            return number(place, "<" + code)
+        place += number(place) + 4
+        count = number(place - 4)
         if code == "s":
             return buffer[place:place + count]
         if code == "V":
@@ -780,9 +780,9 @@ def parse(buffer, at, formats):
         size = 8 * int(code)
         return list(struct.iter_unpack(f"<{code}q", buffer[place:place + size * count]))
 
-    at += number("I", at)
-    vtable = at - number("i", at)
-    places = struct.unpack_from(f"<{number('H', vtable) // 2}H", buffer, vtable)[2:]
+    at += number(at)
+    vtable = at - number(at)
+    places = struct.unpack_from(f"<{number(vtable, '<H') // 2}H", buffer, vtable)[2:]
     return list(map(slot, formats, [*places, *bytes(len(formats))]))
 
 # --- schemas as metadata ---------------------------------------------------------------------------------------------
@@ -797,7 +797,7 @@ NAMES |= {("binary_view",): "large_binary", ("utf8_view",): "large_utf8"}
 
 def write_schema(schema):
     pairs = [pack(items(key), items(value)) for key, value in schema.metadata.items()]
-    return pack(None, vector(list(map(write_field, schema))), vector(pairs))
+    return pack(None, vector(*map(write_field, schema)), vector(*pairs))
 
 def write_field(field):
     kind = field.type
@@ -806,9 +806,8 @@ def write_field(field):
         details = [UNITS.index(kind.unit), items(kind.tz.encode()) if kind.tz else None]
     member, *details = STORED.get(kind.name, [kind.name, *details])
     node = pack(*details)
-    children = vector(list(map(write_field, kind.fields)))
-    name = items(field.name.encode())
-    return pack(name, field.nullable, MEMBERS.index(member), node, None, children)
+    children = vector(*map(write_field, kind.fields))
+    return pack(items(field.name.encode()), field.nullable, MEMBERS.index(member), node, None, children)
 
 def read_schema(buffer, at):
     order, fields, pairs = parse(buffer, at, SCHEMA_TABLE)
@@ -872,23 +871,27 @@ def import_pyarrow():
         raise ImportError("this takes pyarrow, which is not installed: pip install pyarrow") from None
     return pyarrow
 
-class Batch:
-    """Reads arrays off a record batch: its nodes and buffers, depth first. All checks of a file's data are here: what
-    leaves it points nowhere but into its own buffers."""
+class Batch(Array):
+    """A record batch of a file. Its columns are read when they are touched, off lists of nodes and buffers, depth first.
+    All checks of a file's data are here: what leaves it points nowhere but into its own buffers."""
 
-    def __init__(self, buffer, at, body, dictionaries):
-        self.rows, nodes, places, compressed, counts = parse(buffer, at, RECORD_BATCH)
+    def __init__(self, kind, buffer, at, body, dictionaries, explain):
+        self.type = kind
+        self.length, nodes, places, compressed, counts = parse(buffer, at, RECORD_BATCH)
         check(not compressed, "it is compressed; read it with Table.from_arrow(pyarrow.feather.read_table(path))")
-        # before the columns comes the table: a struct without nulls. counts: of buffers, one for each array of views
-        self.lists = [(self.rows, 0), *nodes], [(0, 0), *places], counts
+        self.nodes = chain([(self.length, 0)], nodes)       # first the table itself: a struct without nulls
+        self.places = chain([(0, 0)], places)
+        self.counts = iter(counts)                          # of buffers, one for each array of views
         self.body = body
-        self.dictionaries = dictionaries                    # {number: the Batch of its values}
+        self.dictionaries = dictionaries                    # {number: (metadata, where there, body) of its values}
+        self.explain = explain
         self.most = max(1 << 18, 8 * len(body))             # rows: one takes a bit at least, but for nulls
-        check(0 <= self.rows <= self.most)
+        check(0 <= self.length <= self.most)
 
-    def table(self, kind):
-        self.nodes, self.places, self.counts = map(iter, self.lists)
-        return self.array(kind)
+    @cached_property
+    def children(self):
+        with self.explain():
+            return self.array(self.type).children
 
     def buffer(self, dtype="u1", count=-1):
         """The next one, all of it or so many items."""
@@ -937,7 +940,8 @@ class Batch:
     def encoded(self, kind, index, number):
         """The values that the indices of a dictionary stand for. Null is one more value, the last."""
         codes = self.array(index)
-        values = self.dictionaries[number].table(Type("struct", [("values", kind)])).children[0]
+        alone = Type("struct", [("values", kind)])
+        values = Batch(alone, *self.dictionaries[number], {}, self.explain).children[0]
         rows = np.where(codes.flags(), codes.data.astype(int), values.length)
         check((rows >= 0).all())                            # too large ones are an IndexError
         return join(kind, [values, build([None], kind)]).pick(rows)
@@ -974,7 +978,7 @@ def atomic(path):
     replaceable = os.path.isfile(final) or not os.path.exists(final)
     check(replaceable, f"{path} is a directory or a device, and no file that can be replaced")
     temporary = f"{final}.{os.getpid()}.tmp"
-    with open(temporary, "wb", 1 << 20) as file:
+    with open(temporary, "wb") as file:
         try:
             yield file
             file.flush()
@@ -1059,25 +1063,20 @@ def read(path):
     batches = []
     with open(path, "rb") as file, explain():
         # private pages: whoever writes to an array over them gets a copy, neither a crash nor a changed file
-        flags = mmap.MAP_PRIVATE | 0x4000                   # NORESERVE: the file may be larger than the memory
-        memory = mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+        # 0x4000: NORESERVE, as the file may be larger than the memory
+        memory = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | 0x4000)
         for kind, metadata, at, body in messages(file.fileno(), np.frombuffer(memory, np.uint8)):
             if kind == SCHEMA:
                 schema = read_schema(metadata, at)
             elif kind == BATCH:
-                batches.append(Batch(metadata, at, body, dictionaries))
+                batches.append(Batch(schema, metadata, at, body, dictionaries, explain))
             else:
                 number, at, delta = parse(metadata, at, DICTIONARY_BATCH)
                 check(not delta, "it has a dictionary in parts (delta), which is not supported")
                 # a stream's earlier batches keep theirs
-                dictionaries = dictionaries | {number: Batch(metadata, at, body, {})}
+                dictionaries = dictionaries | {number: (metadata, at, body)}
         check(schema)
-
-    @cache
-    @explain()
-    def decode(k):
-        return batches[k].table(schema)
-    return Table(schema, decode, [0, *accumulate(batch.rows for batch in batches)])
+    return Table(schema, batches)
 
 def messages(fd, memory):
     """(what it holds, its metadata, where there, its body) of every message. In a file a footer lists them; in a stream
@@ -1114,7 +1113,8 @@ def demo(documents=5000):
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 50_000, n, dtype=np.int32) for n in rng.integers(100, 400, documents)]
     lists = Table.from_pydict({"id": np.arange(documents), "tokens": tokens})
-    numbers = Table.from_pydict({"x": np.arange(500 * documents), "y": rng.random(500 * documents)})
+    x = np.arange(500 * documents)
+    numbers = Table.from_pydict({"x": x, "y": x / 7})
     with tempfile.TemporaryDirectory() as folder:
         ours = f"{folder}/ours"
         write(lists, ours, stream=True)

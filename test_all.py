@@ -567,7 +567,7 @@ def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
                 for name in (b"a", b"b")]
         struct.pack_into("<I", a, 48, len(a) + len(b) - 44)             # its members come after those of b
         fields += struct.pack("<4I", 4, 2, 12, 8 + len(a)) + a + b
-    fields += al.vector([])
+    fields += al.vector()
     schema = al.pack(None, fields)
     stream = al.message(al.SCHEMA, schema)
     assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
