@@ -24,12 +24,12 @@ copied, and a shuffled table is the old buffers under a new list of row numbers.
 format (stream=True: datasets) has none. Left out: writing dictionaries and compressed files, decimals, unions, maps.
 """
 from __future__ import annotations
-import contextlib
 import datetime as dt
 import json, mmap, os, re, struct
 import tempfile
 import timeit
 from bisect import bisect_left, bisect_right
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial, reduce
 from itertools import accumulate, chain, pairwise
@@ -45,7 +45,7 @@ for bits in (8, 16, 32, 64):
     STORED |= {f"int{bits}": ("int", bits, 1), f"uint{bits}": ("int", bits, 0)}
 # What is supported, with the dtype of its values, or of the offsets of its rows. Structs and nulls have neither.
 DTYPES = {name: name for name in ["bool", *STORED]}
-DTYPES |= {"null": None, "struct": None, "date32": "M8[D]", "timestamp": "M8", "duration": "m8",
+DTYPES |= {"null": None, "struct": None, "date32": "M8[D]", "timestamp": "M8[{}]", "duration": "m8[{}]",
            "fixed_size_binary": "i8", "fixed_size_list": "i8"}
 for name in ("utf8", "binary", "list"):
     DTYPES |= {name: "i4", f"large_{name}": "i8"}
@@ -75,8 +75,6 @@ class Type:
     codes: tuple = ()               # what a file has for the values: (type of the indices, number of the dictionary)
     def __post_init__(self):
         code = DTYPES[self.name]
-        self.dtype = code and np.dtype(f"{code}[{self.unit}]" if self.unit else code)
-        self.stored = np.dtype("i4") if self.name == "date32" else self.dtype      # what a file has
         self.is_plain = code == self.name
         self.is_sized = self.name.startswith("fixed_size_")
         self.fields = [Field(name, as_type(kind), *rest) for name, kind, *rest in self.fields]
@@ -91,8 +89,10 @@ class Type:
             self.family = "fixed"
         check(len(set(self.names)) == len(self.names), f"two have the same name: {', '.join(self.names)}")
         complete = self.name == "struct" or len(self.names) == (self.family == "list")
-        if not complete or self.unit not in ["", *UNITS]:
+        if not complete or (self.unit in UNITS) != (self.name in ("timestamp", "duration")):
             raise ValueError(f"{self} is not a complete type; write for example list<int32> or timestamp[us, UTC]")
+        self.dtype = code and np.dtype(code.format(self.unit))
+        self.stored = np.dtype("i4") if self.name == "date32" else self.dtype      # what a file has
     def __repr__(self):                     # names that are not words are quoted: no two types are spelled the same
         text = self.name
         if self.fields:
@@ -135,12 +135,12 @@ def as_type(spec):                          # from a Type, its spelling (but of 
 def check(fine, why="it is damaged, or was cut off"):
     if not fine:
         raise ValueError(why)
-@contextlib.contextmanager
-def naming(where, *errors):                 # says in a ValueError where it arose; other errors become one
+@contextmanager
+def naming(where):                          # what goes wrong in the block is a ValueError, which says where that was
     try:
         yield
-    except (ValueError, *errors) as error:
-        raise ValueError(f"{where}: {error}") from None
+    except Exception as error:
+        raise ValueError(f"{where}: {error}") from error
 
 # --- arrays: numpy views that belong together ------------------------------------------------------------------------
 @dataclass
@@ -298,7 +298,7 @@ def build(values, kind=None):
     elif kind.dtype is None:
         columns = transpose([value or {} for value in values], chain(kind.names, *some))
         for name, column in columns.items():
-            with naming(f"column {name!r}", KeyError):
+            with naming(f"column {name!r}"):
                 children[name] = build(column, None if free else kind.field(name).type)
     else:
         lengths = np.full(n, kind.size)
@@ -326,7 +326,7 @@ def join_rows(rows, part):                  # the items of all rows, of a type o
 def exact(values, kind):                    # numbers and times as stored; only floats may be rounded, to floats
     if kind.tz:
         values = [value.astimezone(dt.timezone.utc).replace(tzinfo=None) for value in values]
-    with np.errstate(over="raise"), naming(f"a value does not fit in a column of {kind}", TypeError, ArithmeticError):
+    with np.errstate(over="raise"), naming(f"a value does not fit in a column of {kind}"):
         out = np.array(values, kind.dtype)
     found = out.tolist() if kind.is_plain else list(out)
     if found != values:
@@ -502,7 +502,7 @@ class Table(Column):
         schema = schema and Schema(schema)
         arrays = {}
         for name, values in columns.items():
-            with naming(f"column {name!r}", KeyError, TypeError):
+            with naming(f"column {name!r}"):
                 arrays[name] = array(values, schema and schema.field(name).type).combine()
         lengths = {made.length for made in arrays.values()}
         check(len(lengths) < 2, f"columns of different lengths: {sorted(lengths)}")
@@ -519,10 +519,10 @@ class Table(Column):
     def from_jsonl(cls, path, schema=None):
         """One JSON object a line."""
         rows = []
-        with open(path, encoding="utf-8-sig") as file, naming(path, RecursionError):
+        with open(path, encoding="utf-8-sig") as file, naming(path):
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    with naming(f"line {number}: not a JSON object", RecursionError, TypeError):
+                    with naming(f"line {number}: not a JSON object"):
                         rows.append({**json.loads(line)})
             return cls.from_pylist(rows, schema)
     def columns(self):
@@ -815,7 +815,7 @@ def message(kind, header, body=0):
     metadata = pack(4, kind, header, body)
     metadata += bytes(-(8 + len(metadata)) % 64)            # a cache line, and the widest vector register
     return struct.pack("<ii", -1, len(metadata)) + metadata
-@contextlib.contextmanager
+@contextmanager
 def atomic(path):                           # a file that appears under its name whole and on disk, or not at all
     final = os.path.realpath(path)
     replaceable = os.path.isfile(final) or not os.path.exists(final)
@@ -831,7 +831,7 @@ def atomic(path):                           # a file that appears under its name
             os.unlink(temporary)
             raise
 
-class Writer(contextlib.ExitStack):
+class Writer(ExitStack):
     """Write a file batch by batch; it appears when the `with` block ends, if it ends well."""
     def __init__(self, path, schema, stream=False):
         super().__init__()
@@ -890,7 +890,7 @@ def write(table, path, stream=False):
         writer.write(table)
 def read(path):
     """Map a file of either format. Only its metadata is read; batches are decoded, not copied, when touched."""
-    explain = partial(naming, f"{path} is not an Arrow file that can be read", Exception)
+    explain = partial(naming, f"{path} is not an Arrow file that can be read")
     schema = None
     dictionaries = {}
     batches = []
@@ -941,38 +941,39 @@ def demo(documents=5000):
     """Write, map and shuffle documents; then time each step beside pyarrow and datasets: the best of nine, in turns."""
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 50_000, n, dtype=np.int32) for n in rng.integers(100, 400, documents)]
-    lists = Table.from_pydict({"id": np.arange(documents), "tokens": tokens})
     x = np.arange(500 * documents)
-    numbers = Table.from_pydict({"x": x, "y": x / 7})
+    tables = {
+        "lists": Table.from_pydict({"id": x[:documents], "tokens": tokens}),
+        "numbers": Table.from_pydict({"x": x, "y": x / 7}),
+    }
     with tempfile.TemporaryDirectory() as folder:
         ours = f"{folder}/ours"
-        write(lists, ours, stream=True)
+        write(tables["lists"], ours, stream=True)
         shuffled = read(ours).shuffle(0)
         row = shuffled[0]
         assert row["tokens"] == tokens[row["id"]].tolist()
         print(f"wrote, mapped and shuffled: {shuffled!r}\n")
         try:
             import datasets
-            import pyarrow as pa
-            from pyarrow import feather
+            from pyarrow import feather, table
         except ImportError:
             return                                          # a table of speeds follows where these are
-        rows = datasets.Dataset.from_file(ours).shuffle(seed=0)
-        arrays = rows.select_columns("tokens").with_format("numpy")
-        def save(table):
+        theirs = datasets.Dataset.from_file(ours).shuffle(seed=0)
+        arrays = theirs.select_columns("tokens").with_format("numpy")
+        def save(content):
             with atomic(f"{folder}/theirs") as file:        # on disk, as ours
-                feather.write_feather(pa.table(table), file, "uncompressed")
+                feather.write_feather(content, file, "uncompressed")
         def beside(step, mine, other):
             turns = [timeit.timeit(run, number=9) for run in (mine, other) * 9]
             best = 1000 / 9 * np.reshape(turns, (9, 2)).min(0)
             print(f"{step:20} {best[0]:9.4f} ms   pyarrow or datasets {best[1]:9.4f} ms {best[1] / best[0]:7.1f}x")
-        beside("1 shuffled row", lambda: shuffled[7], lambda: rows[7])
+        beside("1 shuffled row", lambda: shuffled[7], lambda: theirs[7])
         beside("1000 shuffled rows", lambda: shuffled["tokens"][:1000].to_numpy(), lambda: arrays[:1000])
-        theirs = partial(feather.read_table, ours, memory_map=True)
-        for name, table in (("lists", lists), ("numbers", numbers)):
-            beside(f"write {name}", partial(write, table, ours), partial(save, table))
-            beside(f"open {name}", partial(read, ours), theirs)
-            beside(f"read {name}", lambda: read(ours).combine(), theirs)
+        load = partial(feather.read_table, ours, memory_map=True)
+        for name, content in tables.items():
+            beside(f"write {name}", partial(write, content, ours), partial(save, table(content)))
+            beside(f"open {name}", partial(read, ours), load)
+            beside(f"read {name}", lambda: read(ours).combine(), load)
 
 if __name__ == "__main__":
     demo()
