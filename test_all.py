@@ -156,13 +156,13 @@ AL_VALUES = {                                       # types as pyarrow has them,
 }
 
 
-def al_type(rng, depth=3):
+def al_type(rng):
     """(a random type, a function that makes a value of it or None)"""
     kind = rng.choice(list(AL_VALUES))
     values = [None, *AL_VALUES[kind]]
-    if depth == 0 or rng.random() < 0.5:
+    if rng.random() < 0.5:
         return kind, lambda: rng.choice(values)
-    kind, make = al_type(rng, depth - 1)
+    kind, make = al_type(rng)
     kind, value = rng.choice([
         (pa.list_(kind), lambda: [make() for _ in range(rng.randrange(4))]),
         (pa.large_list(kind), lambda: [make()]),
@@ -173,7 +173,7 @@ def al_type(rng, depth=3):
 
 
 def al_table(seed):
-    """(a random table of pyarrow's, of chunks, one of them empty; its rows in Python)"""
+    """A random table of pyarrow's, of chunks, one of them empty."""
     rng = random.Random(seed)
     kinds, makers = zip(*[al_type(rng) for _ in range(6)])
     schema = pa.schema(zip("abcdef", kinds), {"k": "v"})
@@ -181,8 +181,7 @@ def al_table(seed):
     for n in (7, 0, 1, 20):
         columns = [[make() for _ in range(n)] for make in makers]
         chunks.append(pa.table(columns, schema))
-    table = pa.concat_tables(chunks).unify_dictionaries()
-    return table, table.to_pylist()
+    return pa.concat_tables(chunks).unify_dictionaries()
 
 
 def al_save(table, path, stream=False):
@@ -199,30 +198,27 @@ def al_load(path, stream=False):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_arrowlite_any_table_goes_through_pyarrow_and_back_unchanged(tmp_path, seed):
-    theirs, rows = al_table(seed)
+    theirs = al_table(seed)
+    rows = theirs.to_pylist()
     for stream in (False, True):
         ours = al.read(al_save(theirs, tmp_path / "theirs", stream))
         assert ours.to_pylist() == rows == [ours[i] for i in range(len(rows))]
         al.write(ours, tmp_path / "ours", stream=stream)
-        loaded = al_load(tmp_path / "ours", stream)
-        for written in (loaded, pa.table(ours)):
+        for written in (al_load(tmp_path / "ours", stream), pa.table(ours)):
             written.validate(full=True)
             assert written.to_pylist() == rows
             assert written.schema.metadata == {b"k": b"v"}
             assert al.Table.from_arrow(written).schema == ours.schema
     again = al.Table.from_pylist(rows, ours.schema)
     assert again.to_pylist() == rows == pickle.loads(pickle.dumps(ours)).to_pylist()
-    for start in range(0, len(rows), 5):
-        taken = al.Table.from_arrow(theirs.slice(start, 9))
-        lent = pa.table(ours.slice(start, 9))
-        assert taken.to_pylist() == lent.to_pylist() == rows[start:start + 9]
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
     """Random selections on top of random selections, beside the same of row numbers."""
     rng = np.random.default_rng(seed)
-    theirs, rows = al_table(seed)
+    theirs = al_table(seed)[seed % 9:]
+    rows = theirs.to_pylist()
     view = al.Table.from_arrow(theirs)
     numbers = np.arange(len(rows))
     for _ in range(5):
@@ -238,7 +234,8 @@ def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
         ][rng.integers(5)]
     rows = [rows[i] for i in numbers]
     al.write(view, tmp_path / "t")
-    assert view.to_pylist() == rows == list(view) == al_load(tmp_path / "t").to_pylist()
+    for written in (al_load(tmp_path / "t"), pa.table(view), view):
+        assert written.to_pylist() == rows == list(view)
     assert view.filter(lambda row: row["a"] is None).num_rows == view["a"].null_count
     for name, shown in view.to_pydict().items():
         if isinstance(next(filter(None, shown), 0), list):
@@ -302,9 +299,8 @@ def test_arrowlite_concat_finds_the_common_type_of_columns():
         {"x": 1.5, "l": [1], "s": {"a": 1, "b": None}},
     ]
     parts = [al.Table.from_pylist([row]) for row in rows]
-    parts.append(al.Table.from_pydict({"x": np.array([2], np.int8)}))
-    rows.append({"x": 2.0, "l": None, "s": None})
-    assert al.concat(parts).to_pylist() == rows
+    parts.append(al.Table.from_pydict({"x": np.int8([2])}))
+    assert al.concat(parts).to_pylist() == [*rows, {"x": 2, "l": None, "s": None}]
     for a, b, wanted in (
         ("uint8", "int8", "int16"),
         ("timestamp[s]", "timestamp[ns]", "timestamp[ns]"),
@@ -384,26 +380,25 @@ def al_pages():
 
 def test_arrowlite_numbers_are_views_of_the_memory_map_and_are_lent_as_they_lie(tmp_path):
     path = tmp_path / "t.arrow"
-    table = al.Table.from_pydict({"x": np.arange(8 << 20)})
-    address = table["x"].to_numpy().ctypes.data
-    assert pa.table(table)["x"].chunk(0).buffers()[1].address == address
+    lists = np.arange(8 << 20).reshape(1024, -1)
+    table = al.Table.from_pydict({"x": range(1024), "l": list(lists)})
+    lent = pa.table(table)["l"].chunk(0).values.buffers()[1]
+    assert lent.address == table["l"].flatten().to_numpy().ctypes.data
     al.write(table, path)
     before = al_pages()
-    part = al.read(path)[5_000_000:]
+    part = al.read(path)[500:]
     assert part["x"][7] == part.slice(5)["x"].to_numpy()[2]
+    assert part["l"][7] == lists[507].tolist()
     assert (al_pages() - before) * mmap.PAGESIZE < 5 << 20
-    pairs = [[i, i] for i in range(1000)]
-    al.write(al.Table.from_pydict({"x": range(1000), "l": pairs}), path)
-    table = al.read(path)
     maps = [line.split()[0].split("-") for line in open("/proc/self/maps") if str(path) in line]
     for a in (
-        table["l"].flatten().to_numpy(),
-        table["l"].to_torch()[4].numpy(),
-        table[7:50]["x"].to_torch().numpy(),
+        part["l"].flatten().to_numpy(),
+        part["l"].to_torch()[4].numpy(),
+        part["x"].to_torch().numpy(),
     ):
         assert any(int(low, 16) <= a.ctypes.data < int(high, 16) for low, high in maps)
-    a[0] = 99                                   # a write to private pages: neither a crash nor a change of the file
-    assert al.read(path)["x"][7] == 7
+    a[7] = 99                                   # a write to private pages: neither a crash nor a change of the file
+    assert al.read(path)["x"][507] == 507
 
 
 def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_path):
@@ -416,16 +411,15 @@ def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_
         "text": ["a", None, "日本"],
         "l": [[1, 2], [], None],
     })
-    rows = table.to_pylist()
     al.write(table, path)
     frame = polars.DataFrame(table)
-    assert polars.read_ipc(path).to_dicts() == frame.to_dicts() == rows
-    category = polars.col("text").cast(polars.Categorical)
-    frame = frame.with_columns(category.alias("c"))
-    assert al.Table.from_arrow(frame).to_pylist() == frame.to_dicts()
+    assert polars.read_ipc(path).to_dicts() == frame.to_dicts() == table.to_pylist()
+    frame = frame.with_columns(c=polars.col("text").cast(polars.Categorical))
+    rows = frame.to_dicts()
     for save in (frame.write_ipc, frame.write_ipc_stream):
         save(path)
-        assert al.read(path).to_pylist() == frame.to_dicts()
+        table = al.read(path)
+        assert table.to_pylist() == al.Table.from_arrow(frame).to_pylist() == rows
     al.write(table, path, stream=True)
     assert datasets.Dataset.from_file(path).to_list() == rows
     result = duckdb.from_arrow(pa.table(table)).aggregate("max(i) y")
@@ -532,8 +526,7 @@ def al_hammer(path, blobs):
 @pytest.mark.parametrize("stream", [False, True])
 def test_arrowlite_spoilt_files_give_data_or_a_value_error(tmp_path, stream, rounds):
     rng = random.Random(rounds)
-    pairs = pa.list_(pa.int8(), 2)
-    columns = {"l": pa.array([[1, 2], None], pairs)}
+    columns = {"l": pa.array([[1, 2], None], pa.list_(pa.int8(), 2))}
     for kind, values in AL_VALUES.items():
         values = [None, None, *values][-2:]
         columns[str(kind)] = pa.array(values, kind)
