@@ -673,9 +673,9 @@ def write_field(field):
     if kind.unit:
         details = [UNITS.index(kind.unit), items(kind.tz.encode()) if kind.tz else None]
     member, *details = STORED.get(kind.name, [kind.name, *details])
-    node = pack(*details)
+    name = items(field.name.encode())
     children = vector(*map(write_field, kind.fields))
-    return pack(items(field.name.encode()), field.nullable, MEMBERS.index(member), node, None, children)
+    return pack(name, field.nullable, MEMBERS.index(member), pack(*details), None, children)
 def read_schema(buffer, at):
     order, fields, pairs = parse(buffer, at, SCHEMA_TABLE)
     check(not order, "it is big-endian")
@@ -738,9 +738,8 @@ class Batch(Array):
         self.length, nodes, places, compressed, counts = parse(buffer, at, RECORD_BATCH)
         check(not compressed, "it is compressed; read it with Table.from_arrow(pyarrow.feather.read_table(path))")
         self.nodes = chain([(self.length, 0)], nodes)       # first the table itself: a struct without nulls
-        self.places = chain([(0, 0)], places)
+        self.buffers = (body[start:start + length] for start, length in chain([(0, 0)], places))
         self.counts = iter(counts)                          # of buffers, one for each array of views
-        self.body = body
         self.dictionaries = dictionaries                    # {number: (metadata, where there, body) of its values}
         self.explain = explain
         self.most = max(1 << 18, 8 * len(body))             # rows: one takes a bit at least, but for nulls
@@ -750,8 +749,7 @@ class Batch(Array):
         with self.explain():
             return self.array(self.type).children
     def buffer(self, dtype="u1", count=-1):  # the next one, all of it or so many items
-        start, length = next(self.places)
-        return np.frombuffer(self.body[start:start + length], dtype, count)
+        return np.frombuffer(next(self.buffers), dtype, count)
     def bits(self, count):
         packed = self.buffer(count=(count + 7) // 8)
         return np.unpackbits(packed, count=count, bitorder="little").view(bool)
