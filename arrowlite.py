@@ -51,7 +51,8 @@ for name in ("utf8", "binary", "list"):
     DTYPES |= {name: "i4", f"large_{name}": "i8"}
 ALIASES = {"string": "utf8", "str": "utf8", "bytes": "binary",     # what they are called in pyarrow and numpy
            "large_string": "large_utf8", "float": "float32", "double": "float64",
-           "datetime64[D]": "date32", "datetime64": "timestamp", "timedelta64": "duration"}
+           "datetime64[D]": "date32", "datetime64": "timestamp",
+           "timedelta64": "duration"}
 
 class Field(NamedTuple):
     """The name and type of a column or of a struct's member. A list's item is a field, too."""
@@ -281,6 +282,7 @@ def natural(values):                        # the type for Python values; what l
             spec = "list<null>" if family == "list" else family
         found = unify(found, as_type(NATURAL.get(spec, spec)))
     return found
+
 def build(values, kind=None):
     """Python values as an array of a type, or of the one that is natural for them; a ValueError if one does not fit."""
     n = len(values)
@@ -409,9 +411,7 @@ class Column:
                 yield self.gather(np.asarray(rows[start:start + 10_000]))
     def gather(self, rows):                 # a copy of these rows: chunk by chunk, then in their order
         owner = np.searchsorted(self.starts, rows, "right") - 1             # [rows] whose chunk each is in
-        parts = []
-        for k in np.unique(owner):
-            parts.append(self.chunk(k).pick(rows[owner == k] - self.starts[k]))
+        parts = [self.chunk(k).pick(rows[owner == k] - self.starts[k]) for k in np.unique(owner)]
         order = np.argsort(owner, kind="stable")
         return join(self.type, parts).pick(np.argsort(order)) if len(parts) > 1 else parts[0]
     def combine(self):                      # these rows as one array: a view if they are a stretch of one chunk
@@ -532,8 +532,8 @@ class Table(Column):
     def to_jsonl(self, path):
         with atomic(path) as file:
             for row in self:
-                line = json.dumps(row, ensure_ascii=False, default=json_value) + "\n"
-                file.write(line.encode())
+                line = json.dumps(row, ensure_ascii=False, default=json_value)
+                file.write(f"{line}\n".encode())
     def select_columns(self, *names):
         names = np.ravel(names).tolist()
         return self.members(dict(zip(names, names)))
@@ -573,6 +573,7 @@ class Table(Column):
             columns = kept[start:start + size].columns()
             parts.append(Table.from_pydict(columns | new, metadata=self.schema.metadata))
         return concat(parts) if parts else kept
+
 def concat(tables):
     """One after the other, over the same buffers. Columns that differ become what holds the values of all."""
     kind = reduce(unify, [table.type for table in tables])
@@ -631,6 +632,7 @@ def refer(out, place, other):
     out += bytes(-len(out) % 8)
     struct.pack_into("<I", out, place, len(out) + 4 - place)
     out += other
+
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
     def number(at, code="<i"):                  # refuses what lies outside of the buffer
@@ -813,6 +815,7 @@ def message(kind, header, body=0):
     metadata = pack(4, kind, header, body)
     metadata += bytes(-(8 + len(metadata)) % 64)            # a cache line, and the widest vector register
     return struct.pack("<ii", -1, len(metadata)) + metadata
+
 @contextmanager
 def atomic(path):                           # a file that appears under its name whole and on disk, or not at all
     final = os.path.realpath(path)
@@ -938,7 +941,7 @@ def messages(fd, memory):
 def demo(documents=5000):
     """Write, map and shuffle documents; then time each step beside pyarrow and datasets: the best of nine, in turns."""
     rng = np.random.default_rng(0)
-    tokens = [rng.integers(0, 50_000, n, dtype=np.int32) for n in rng.integers(100, 400, documents)]
+    tokens = [rng.integers(0, 50_000, n, np.int32) for n in rng.integers(100, 400, documents)]
     x = np.arange(500 * documents)
     tables = {
         "lists": Table.from_pydict({"id": x[:documents], "tokens": tokens}),
