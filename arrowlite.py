@@ -25,9 +25,7 @@ format (stream=True: datasets) has none. Left out: writing dictionaries and comp
 """
 from __future__ import annotations
 import datetime as dt
-import json, mmap, os, re, struct
-import tempfile
-import timeit
+import json, mmap, os, re, struct, tempfile, timeit
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -426,7 +424,9 @@ class Column:
         """A tensor over the same memory, which may be written to: no file changes. Of lists, a list of tensors."""
         import torch
         values = self.to_numpy()
-        return list(map(torch.from_numpy, values)) if values.dtype == object else torch.from_numpy(values)
+        if values.dtype == object:
+            return list(map(torch.from_numpy, values))
+        return torch.from_numpy(values)
     @property
     def null_count(self):
         return self.combine().null_count
