@@ -43,12 +43,14 @@ for bits in (8, 16, 32, 64):
     STORED |= {f"int{bits}": ("int", bits, 1), f"uint{bits}": ("int", bits, 0)}
 # What is supported, with the dtype of its values, or of the offsets of its rows. Structs and nulls have neither.
 DTYPES = {name: name for name in ["bool", *STORED]}
-DTYPES |= {"null": None, "struct": None, "date32": "M8[D]", "timestamp": "M8[{}]", "duration": "m8[{}]",
+DTYPES |= {"null": None, "struct": None,
+           "date32": "M8[D]", "timestamp": "M8[{}]", "duration": "m8[{}]",
            "fixed_size_binary": "i8", "fixed_size_list": "i8"}
 for name in ("utf8", "binary", "list"):
     DTYPES |= {name: "i4", f"large_{name}": "i8"}
 ALIASES = {"string": "utf8", "str": "utf8", "bytes": "binary",     # what they are called in pyarrow and numpy
-           "large_string": "large_utf8", "float": "float32", "double": "float64",
+           "large_string": "large_utf8",
+           "float": "float32", "double": "float64",
            "datetime64[D]": "date32", "datetime64": "timestamp",
            "timedelta64": "duration"}
 
@@ -256,9 +258,8 @@ def array(values, type=None):
 def from_numpy(values):                     # the same memory; a further axis is a fixed_size_list, NaT is null
     if values.ndim > 1:
         items = from_numpy(values.reshape(-1, *values.shape[2:]))
-        offsets = np.arange(len(values) + 1) * values.shape[1]
         kind = Type("fixed_size_list", [("item", items.type)], values.shape[1])
-        return Array(kind, len(values), offsets, [items])
+        return Array(kind, len(values), np.arange(len(values) + 1) * kind.size, [items])
     if values.dtype.kind in "OUS":
         return build(values.tolist())
     kind = as_type(values.dtype)
@@ -651,8 +652,7 @@ def parse(buffer, at, formats):
             return buffer[place:place + count]
         if code == "V":
             return range(place, place + 4 * count, 4)
-        size = 8 * int(code)
-        return list(struct.iter_unpack(f"<{code}q", buffer[place:place + size * count]))
+        return list(struct.iter_unpack(f"<{code}q", buffer[place:place + 8 * int(code) * count]))
     at += number(at)
     vtable = at - number(at)
     places = struct.unpack_from(f"<{number(vtable, '<H') // 2}H", buffer, vtable)[2:]
@@ -942,7 +942,7 @@ def demo(documents=5000):
     """Write, map and shuffle documents; then time each step beside pyarrow and datasets: the best of nine, in turns."""
     rng = np.random.default_rng(0)
     tokens = [rng.integers(0, 50_000, n, np.int32) for n in rng.integers(100, 400, documents)]
-    x = np.arange(500 * documents)
+    x = np.arange(100 * documents)
     tables = {
         "lists": Table.from_pydict({"id": x[:documents], "tokens": tokens}),
         "numbers": Table.from_pydict({"x": x, "y": x / 7}),
@@ -964,11 +964,11 @@ def demo(documents=5000):
         def save(content):
             with atomic(f"{folder}/theirs") as file:        # on disk, as ours
                 feather.write_feather(content, file, "uncompressed")
-        def beside(step, mine, other):
-            turns = [timeit.timeit(run, number=3) for run in (mine, other) * 9]
-            best = 1000 / 3 * np.reshape(turns, (9, 2)).min(0)
+        def beside(step, mine, other, times=9):
+            turns = [timeit.timeit(run, number=times) for run in (mine, other) * 9]
+            best = 1000 / times * np.reshape(turns, (9, 2)).min(0)
             print(f"{step:20} {best[0]:9.4f} ms   pyarrow or datasets {best[1]:9.4f} ms {best[1] / best[0]:7.1f}x")
-        beside("1 shuffled row", lambda: shuffled[7], lambda: theirs[7])
+        beside("1 shuffled row", lambda: shuffled[7], lambda: theirs[7], 999)
         beside("1000 shuffled rows", lambda: shuffled["tokens"][:1000].to_numpy(), lambda: arrays[:1000])
         load = partial(feather.read_table, ours, memory_map=True)
         for name, content in tables.items():
