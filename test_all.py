@@ -336,6 +336,7 @@ def test_arrowlite_rows_are_mapped_and_columns_added_renamed_dropped_and_split()
         ("split", 301),
         ("select", [0.5]),
         ("select", [True]),
+        ("filter", [True]),
         ("rename", {"a": "b"}),
         ("with_column", "c", [1]),
     ):
