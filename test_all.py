@@ -142,7 +142,6 @@ AL_DAY = AL_TIME.date()
 AL_VALUES = {                                       # types as pyarrow has them, and some values of each
     pa.null(): [],
     pa.bool_(): [True],
-    pa.int8(): [-128, 127],
     pa.uint64(): [0, 2**64 - 1],
     pa.float64(): [0.1, float("inf")],
     pa.date32(): [AL_DAY],
@@ -156,25 +155,24 @@ AL_VALUES = {                                       # types as pyarrow has them,
 }
 
 
-def al_type(rng, depth=3):
+def al_type(rng):
     """(a random type, a function that makes a value of it or None)"""
     kind = rng.choice(list(AL_VALUES))
     values = [None, *AL_VALUES[kind]]
-    if depth == 0 or rng.random() < 0.5:
+    if rng.random() < 0.5:
         return kind, lambda: rng.choice(values)
-    kind, make = al_type(rng, depth - 1)
-    wrap, value = rng.choice([
-        (pa.list_, lambda: [make() for _ in range(rng.randrange(4))]),
-        (pa.large_list, lambda: [make()]),
-        (lambda item: pa.list_(item, 2), lambda: [make(), make()]),
-        (lambda item: pa.struct({"a": item, "b": item}),
-         lambda: {"a": make(), "b": make()}),
+    kind, make = al_type(rng)
+    kind, value = rng.choice([
+        (pa.list_(kind), lambda: [make() for _ in range(rng.randrange(4))]),
+        (pa.large_list(kind), lambda: [make()]),
+        (pa.list_(kind, 2), lambda: [make(), make()]),
+        (pa.struct({"a": kind, "b": kind}), lambda: {"a": make(), "b": make()}),
     ])
-    return wrap(kind), lambda: rng.choice([None, value(), value()])
+    return kind, lambda: rng.choice([None, value(), value()])
 
 
 def al_table(seed):
-    """(a random table of pyarrow's, of chunks, one of them empty; its rows in Python)"""
+    """A random table of pyarrow's, of chunks, one of them empty."""
     rng = random.Random(seed)
     kinds, makers = zip(*[al_type(rng) for _ in range(6)])
     schema = pa.schema(zip("abcdef", kinds), {"k": "v"})
@@ -182,8 +180,7 @@ def al_table(seed):
     for n in (7, 0, 1, 20):
         columns = [[make() for _ in range(n)] for make in makers]
         chunks.append(pa.table(columns, schema))
-    table = pa.concat_tables(chunks).unify_dictionaries()
-    return table, table.to_pylist()
+    return pa.concat_tables(chunks).unify_dictionaries()
 
 
 def al_save(table, path, stream=False):
@@ -200,30 +197,27 @@ def al_load(path, stream=False):
 
 @pytest.mark.parametrize("seed", range(25))
 def test_arrowlite_any_table_goes_through_pyarrow_and_back_unchanged(tmp_path, seed):
-    theirs, rows = al_table(seed)
+    theirs = al_table(seed)
+    rows = theirs.to_pylist()
     for stream in (False, True):
         ours = al.read(al_save(theirs, tmp_path / "theirs", stream))
         assert ours.to_pylist() == rows == [ours[i] for i in range(len(rows))]
         al.write(ours, tmp_path / "ours", stream=stream)
-        loaded = al_load(tmp_path / "ours", stream)
-        for written in (loaded, pa.table(ours)):
+        for written in (al_load(tmp_path / "ours", stream), pa.table(ours)):
             written.validate(full=True)
             assert written.to_pylist() == rows
             assert written.schema.metadata == {b"k": b"v"}
             assert al.Table.from_arrow(written).schema == ours.schema
     again = al.Table.from_pylist(rows, ours.schema)
     assert again.to_pylist() == rows == pickle.loads(pickle.dumps(ours)).to_pylist()
-    for start in range(0, len(rows), 5):
-        part = al.Table.from_arrow(theirs.slice(start, 9))
-        assert part.to_pylist() == rows[start:start + 9]
-        assert pa.table(ours.slice(start, 9)).to_pylist() == rows[start:start + 9]
 
 
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
     """Random selections on top of random selections, beside the same of row numbers."""
     rng = np.random.default_rng(seed)
-    theirs, rows = al_table(seed)
+    theirs = al_table(seed)[seed % 9:]
+    rows = theirs.to_pylist()
     view = al.Table.from_arrow(theirs)
     numbers = np.arange(len(rows))
     for _ in range(5):
@@ -234,25 +228,25 @@ def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
             (view.select(picks), numbers[picks]),
             (view[3::2], numbers[3::2]),
             (view.filter(mask), numbers[mask]),
-            (view.shuffle(3),
-             np.random.default_rng(3).permutation(numbers)),
-            (al.concat([view.slice(2), view.slice(0, 2)]),
-             np.roll(numbers, -2)),
+            (view.shuffle(3), np.random.default_rng(3).permutation(numbers)),
+            (al.concat([view.slice(2), view.slice(0, 2)]), np.roll(numbers, -2)),
         ][rng.integers(5)]
     rows = [rows[i] for i in numbers]
     al.write(view, tmp_path / "t")
-    written = al_load(tmp_path / "t")
-    assert view.to_pylist() == rows == list(view) == written.to_pylist()
+    for written in (al_load(tmp_path / "t"), pa.table(view), view):
+        assert written.to_pylist() == rows == list(view)
     assert view.filter(lambda row: row["a"] is None).num_rows == view["a"].null_count
-    for name, shown in view.to_pydict().items():
-        if isinstance(next(filter(None, shown), 0), list):
-            assert list(view[name].lengths()) == [len(row or []) for row in shown]
-            assert list(view[name].flatten()) == list(itertools.chain(*filter(None, shown)))
+    for column in view.columns().values():
+        if "list" in column.type.name:
+            lists = [row or [] for row in column]
+            assert list(column.lengths()) == list(map(len, lists))
+            assert list(column.flatten()) == list(itertools.chain(*lists))
     with pytest.raises(IndexError):
         view.select([-len(rows) - 1])
 
 
 def test_arrowlite_values_take_their_natural_type():
+    assert al.Schema({"a": "int8", "b": "int8"}) != al.Schema({"a: int8, b": "int8"})
     for kind, values in {
         "null": [None],
         "bool": [True, None],
@@ -261,16 +255,16 @@ def test_arrowlite_values_take_their_natural_type():
         "list<list<int64>>": [[[1], None], []],
         "struct<a: binary, b: date32>": [{"a": b"1", "b": AL_DAY}, None],
     }.items():
-        assert al.array(values).type == kind
-        assert al.array(values).to_pylist() == values
+        for given in (values, np.array(values, object)):
+            made = al.array(given)
+            assert made.type == kind
+            assert made.to_pylist() == values
     assert al.array([torch.ones(2), np.ones(1, "i2")]).type == "list<float32>"
     for code in "? i1 i8 u4 f2 f8 M8[us] M8[ns] m8[ms]".split():
-        values = np.arange(6).astype("i8").astype(code)
-        again = pa.table(al.Table.from_pydict({"x": values}))["x"].to_numpy()
-        assert again.dtype == values.dtype
-        assert (again == values).all()
-        pairs = values.reshape(3, 2)
-        assert (al.array(pairs).to_numpy() == pairs).all()
+        values = np.arange(6).astype(code)
+        table = al.Table.from_pydict({"x": values, "pair": np.stack([values, values], 1)})
+        for again in (pa.table(table)["x"].to_numpy(), *table["pair"].to_numpy().T):
+            np.testing.assert_array_equal(again, values, strict=True)
 
 
 def test_arrowlite_a_value_that_would_change_is_refused():
@@ -304,53 +298,45 @@ def test_arrowlite_concat_finds_the_common_type_of_columns():
         {"x": 1.5, "l": [1], "s": {"a": 1, "b": None}},
     ]
     parts = [al.Table.from_pylist([row]) for row in rows]
-    parts.append(al.Table.from_pydict({"x": np.array([2], np.int8)}))
-    rows.append({"x": 2.0, "l": None, "s": None})
-    assert al.concat(parts).to_pylist() == rows
+    parts.append(al.Table.from_pydict({"x": np.int8([2])}))
+    assert al.concat(parts).to_pylist() == [*rows, {"x": 2, "l": None, "s": None}]
     for a, b, wanted in (
         ("uint8", "int8", "int16"),
         ("timestamp[s]", "timestamp[ns]", "timestamp[ns]"),
         ("list<int8>", "large_list<null>", "large_list<int8>"),
     ):
-        tables = [al.Table.from_pylist([], {"x": kind}) for kind in (a, b)]
-        assert al.concat(tables)["x"].type == wanted
-        assert al.concat(tables[::-1])["x"].type == wanted
+        for kinds in ((a, b), (b, a)):
+            tables = [al.Table.from_pylist([], {"x": kind}) for kind in kinds]
+            assert al.concat(tables)["x"].type == wanted
     for wrong in (True, 2**53 + 1):
         with pytest.raises(ValueError, match="column 'x'"):
-            other = al.Table.from_pydict({"x": [wrong]})
-            al.concat([*parts, other])
+            al.concat([*parts, al.Table.from_pydict({"x": [wrong]})])
 
 
-def test_arrowlite_map_merges_what_the_function_returns():
-    texts = ["é" * (i % 5) for i in range(300)]
-    table = al.Table.from_pydict({"x": np.arange(300), "t": texts})
+def test_arrowlite_rows_are_mapped_and_columns_added_renamed_dropped_and_split():
+    table = al.Table.from_pylist([{"a": i, "b": str(i)} for i in range(300)])
 
     def change(row):
-        return {"x": str(row["x"]), "y": 2 if row["x"] % 3 else 0.5}
+        return {"a": row["b"], "c": 2 if row["a"] % 3 else 0.5}
 
     def letters(batch):
-        return {"c": list("".join(batch["t"]))}
-    changed = table.map(change, batch_size=77)
-    assert changed.to_pylist() == [row | change(row) for row in table]
-    longer = table.map(letters, True, 64, ["x", "t"])
-    assert longer["c"].to_pylist() == list("".join(texts))
-
-
-def test_arrowlite_columns_can_be_added_renamed_dropped_and_split():
-    table = al.Table.from_pylist([{"a": i, "b": str(i)} for i in range(50)])
+        return {"c": list("".join(batch["b"]))}
+    assert table.map(change, batch_size=77).to_pylist() == [row | change(row) for row in table]
+    assert table.map(letters, True, 64, ["a", "b"]).to_pydict() == letters(table.to_pydict())
     shuffled = table.shuffle(1)
-    changed = shuffled.with_column("n", range(50)).rename({"a": "A"}).drop("b")
+    changed = shuffled.with_column("n", range(300)).rename({"a": "A"}).drop("b")
     assert changed.column_names == ["A", "n"]
     assert list(changed["A"]) == list(shuffled["a"])
     train, test = table.split(0.1, seed=7)
-    assert len(test) == 5
-    assert {*train["a"], *test["a"]} == set(range(50))
+    assert len(test) == 30
+    assert sorted([*train["a"], *test["a"]]) == list(table["a"])
     with pytest.raises(KeyError, match="there are: a, b"):
         table.drop("nope")
     for method, *wrong in (
-        ("split", 51),
+        ("split", 301),
         ("select", [0.5]),
         ("select", [True]),
+        ("filter", [True]),
         ("rename", {"a": "b"}),
         ("with_column", "c", [1]),
     ):
@@ -362,15 +348,14 @@ def test_arrowlite_jsonl_goes_in_and_out_unchanged(tmp_path):
     row = {
         "text": 'é😀"\n\u2028',
         "int": 2**63 - 1,
-        "float": 1.5,
         "list": [None, [1]],
         "dict": {"k": True},
     }
-    rows = [row, dict.fromkeys(row)]
     path = tmp_path / "x.jsonl"
-    path.write_text("\ufeff" + "\n\n".join(map(json.dumps, rows)))
-    al.Table.from_jsonl(path).to_jsonl(path)
-    assert list(map(json.loads, open(path))) == rows
+    path.write_text("\ufeff{}\n\n" + json.dumps(row))
+    al.Table.from_jsonl(path).with_column("time", [None, AL_TIME]).to_jsonl(path)
+    row["time"] = AL_TIME.isoformat()
+    assert list(map(json.loads, open(path))) == [dict.fromkeys(row), row]
     for text, where in (
         ('{"a": 1}\n\n{"a": oops}\n', "line 3"),
         ('{"a": 1}\n{"a": "x"}', "column 'a'"),
@@ -386,27 +371,20 @@ def al_pages():
 
 def test_arrowlite_numbers_are_views_of_the_memory_map_and_are_lent_as_they_lie(tmp_path):
     path = tmp_path / "t.arrow"
-    table = al.Table.from_pydict({"x": np.arange(8 << 20)})
-    address = table["x"].to_numpy().ctypes.data
-    assert pa.table(table)["x"].chunk(0).buffers()[1].address == address
+    lists = np.arange(8 << 20).reshape(1024, -1)
+    table = al.Table.from_pydict({"l": list(lists)})
+    address = table["l"].flatten().to_numpy().ctypes.data
+    assert pa.table(table)["l"].chunk(0).values.buffers()[1].address == address
     al.write(table, path)
     before = al_pages()
-    part = al.read(path)[5_000_000:]
-    assert part["x"][7] == part.slice(5)["x"].to_numpy()[2]
+    part = al.read(path)[500:]
+    items = part["l"].flatten()
+    views = [items.to_numpy(), items.to_torch(), *part["l"].to_torch()]
+    assert part["l"][7] == lists[507].tolist()
     assert (al_pages() - before) * mmap.PAGESIZE < 5 << 20
-    pairs = [[i, i] for i in range(1000)]
-    al.write(al.Table.from_pydict({"x": range(1000), "l": pairs}), path)
-    table = al.read(path)
-    lines = [line for line in open("/proc/self/maps") if str(path) in line]
-    maps = [line.split()[0].split("-") for line in lines]
-    for a in (
-        table["l"].flatten().to_numpy(),
-        table["l"].to_torch()[4].numpy(),
-        table[7:50]["x"].to_torch().numpy(),
-    ):
-        assert any(int(low, 16) <= a.ctypes.data < int(high, 16) for low, high in maps)
-    a[0] = 99                                   # a write to private pages: neither a crash nor a change of the file
-    assert al.read(path)["x"][7] == 7
+    views[0][3] = 99                            # a write to private pages: neither a crash nor a change of the file
+    assert views[1][3] == views[2][3] == 99
+    assert al.read(path)["l"][500] == lists[500].tolist()
 
 
 def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_path):
@@ -419,16 +397,15 @@ def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_
         "text": ["a", None, "日本"],
         "l": [[1, 2], [], None],
     })
-    rows = table.to_pylist()
     al.write(table, path)
     frame = polars.DataFrame(table)
-    assert polars.read_ipc(path).to_dicts() == frame.to_dicts() == rows
-    category = polars.col("text").cast(polars.Categorical)
-    frame = frame.with_columns(category.alias("c"))
-    assert al.Table.from_arrow(frame).to_pylist() == frame.to_dicts()
+    assert polars.read_ipc(path).to_dicts() == frame.to_dicts() == table.to_pylist()
+    frame = frame.with_columns(c=polars.col("text").cast(polars.Categorical))
+    rows = frame.to_dicts()
     for save in (frame.write_ipc, frame.write_ipc_stream):
         save(path)
-        assert al.read(path).to_pylist() == frame.to_dicts()
+        table = al.read(path)
+        assert table.to_pylist() == al.Table.from_arrow(frame).to_pylist() == rows
     al.write(table, path, stream=True)
     assert datasets.Dataset.from_file(path).to_list() == rows
     result = duckdb.from_arrow(pa.table(table)).aggregate("max(i) y")
@@ -439,38 +416,32 @@ def test_arrowlite_files_open_in_polars_duckdb_and_datasets_and_theirs_here(tmp_
             al.Table.from_arrow(table)
 
 
-def test_arrowlite_a_stream_may_end_without_its_mark_but_not_within_a_message(tmp_path):
+def test_arrowlite_what_cannot_be_read_is_refused_in_a_sentence(tmp_path):
     path = tmp_path / "t"
-    table = al.Table.from_pydict({"x": [1, 2]})
-    al.write(table, path, stream=True)
-    data = path.read_bytes()
-    path.write_bytes(data[:-8])
-    assert al.read(path).to_pylist() == table.to_pylist()
-    assert al_load(path, True).to_pylist() == table.to_pylist()
+
+    def refused(says):
+        with pytest.raises(ValueError, match=f"t is not an Arrow file.*{says}"):
+            al.read(path)
+    table = pa.table({"x": [1, 2]})
+    data = al_save(table, path, True).read_bytes()
+    path.write_bytes(data[:-8])                                             # a stream may end without its mark
+    assert al.read(path).to_pylist() == al_load(path, True).to_pylist() == table.to_pylist()
     for spoilt in (data[:-9], b"", b"PAR1" + bytes(20), b"ARROW1\0\0"):
         path.write_bytes(spoilt)
-        with pytest.raises(ValueError, match="t is not an Arrow file"):
-            al.read(path)
-
-
-def test_arrowlite_types_are_what_they_are_made_of_or_refused_by_name(tmp_path):
-    two = al.Schema({"a": "int64", "b": "int64"})
-    assert al.Schema({"a: int64, b": "int64"}) != two
+        refused("")
     for name, column in (
         ("same name", pa.StructArray.from_arrays([[1], [2]], ["a", "a"])),
         ("decimal", [Decimal("1.5")]),
         ("date", pa.array([AL_DAY], pa.date64())),
     ):
-        path = al_save(pa.table({"col": column}), tmp_path / "t")
-        with pytest.raises(ValueError, match=f"'col'.*{name}"):
-            al.read(path)
-    feather.write_feather(pa.table({"x": [1] * 1000}), path)
-    with pytest.raises(ValueError, match="compressed"):
-        al.read(path)
+        al_save(pa.table({"col": column}), path)
+        refused(f"'col'.*{name}")
+    feather.write_feather(table, path)
+    refused("compressed")
 
 
 def test_arrowlite_a_writer_takes_what_its_schema_holds(tmp_path):
-    item = al.Field("item", "int8", nullable=False)
+    item = al.Field("item", "int8", False)
     fields = {
         "x": "float64",
         "l": al.Type("list", [item]),
@@ -504,11 +475,10 @@ def test_arrowlite_a_file_appears_whole_or_not_at_all(tmp_path):
         al.Table.from_pydict({"x": [b"a"]}).to_jsonl(path)
     assert os.listdir(tmp_path) == ["t.arrow"]
     mapped = al.read(path)
-    al.write(mapped.shuffle(0), path)                                       # over the file that is mapped
-    assert mapped["x"][999] == 999
-    assert al.read(path)["x"][0] == table.shuffle(0)["x"][0]
-    with pytest.raises(ValueError, match="device"):
-        al.write(table, "/dev/null")
+    al.write(mapped[::-1], path)                                            # over the file that is mapped
+    assert mapped["x"][999] == al.read(path)["x"][0] == 999
+    with pytest.raises(ValueError, match="directory or a device"):
+        al.write(table, tmp_path)
 
 
 def al_hammer(path, blobs):
@@ -535,11 +505,9 @@ def al_hammer(path, blobs):
 @pytest.mark.parametrize("stream", [False, True])
 def test_arrowlite_spoilt_files_give_data_or_a_value_error(tmp_path, stream, rounds):
     rng = random.Random(rounds)
-    pairs = pa.list_(pa.int8(), 2)
-    columns = {"l": pa.array([[1, 2], None], pairs)}
+    columns = {"l": pa.array([[1, 2], None], pa.list_(pa.int8(), 2))}
     for kind, values in AL_VALUES.items():
-        values = [None, None, *values][-2:]
-        columns[str(kind)] = pa.array(values, kind)
+        columns[str(kind)] = pa.array([None, None, *values][-2:], kind)
     data = al_save(pa.table(columns), tmp_path / "t", stream).read_bytes()
     blobs = [data[:n] for n in range(0, len(data), 10_000 // rounds)]
     for _ in range(rounds):
@@ -563,12 +531,12 @@ def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
     """Members a and b of each of 40 levels have the same members: 2**40 fields in a few thousand bytes."""
     fields = b""
     for _ in range(40):
-        a, b = [al.pack(al.FIELD, al.items(name), 1, 13, al.pack(""), None, b"")
+        a, b = [al.pack(al.items(name), 1, 13, al.pack(), None, b"")
                 for name in (b"a", b"b")]
         struct.pack_into("<I", a, 48, len(a) + len(b) - 44)             # its members come after those of b
         fields += struct.pack("<4I", 4, 2, 12, 8 + len(a)) + a + b
-    fields += al.vector([])
-    schema = al.pack(al.SCHEMA_TABLE, None, fields)
+    fields += al.vector()
+    schema = al.pack(None, fields)
     stream = al.message(al.SCHEMA, schema)
     assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
 
