@@ -2590,7 +2590,7 @@ def test_grades_are_those_of_a_person_and_easy_ones_200_a_second(ev_graders):
     for long in ("\\boxed{" * 50_000, "5+" * 50_000 + "5", "9" * 500):
         rows.append(["0", long, "9" * 499])
     grades = ev_graders.grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
-    for (score, answer, gold), grade in zip(rows, grades):
+    for (score, _, gold), grade in zip(rows, grades):
         assert grade.score == float(score), (gold, grade)
         assert grade.verdict in ("right", "wrong", "unparsed")
     easy = [("\\boxed{5}", i) for i in range(900)] + [("\\boxed{y+x}", "x+y")] * 100
