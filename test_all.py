@@ -3153,7 +3153,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     ("parallel.py --device cpu", "one process: 0.0e.00"),
     ("engine.py", "the same tokens"),
     ("evaluate.py", "pass@1.*right: .*gold.*wrong: .*gold")])
-def test_help_and_demos_say(line, says):
+def test_help_shows_the_comments_and_demos_what_they_claim(line, says):
     code, said, _ = program(line)
     small_ray.shutdown()
     assert code == 0
