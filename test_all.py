@@ -46,6 +46,7 @@ import torch.distributed as dist
 import triton
 from pyarrow import feather, ipc
 from safetensors.numpy import load_file
+from torch.multiprocessing import start_processes
 from transformers import AutoTokenizer
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -62,6 +63,7 @@ import sft
 from engine import LLM, SamplingParams
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)                        # processes share the cores
 signal.signal(signal.SIGINT, signal.default_int_handler)        # shells have it ignored by what runs in the background
 
 
@@ -83,25 +85,19 @@ def until(condition, seconds=20):
 def forked(function, count, timeout):
     """What function(0), function(1), ... return, each in a process. The first that fails prints why, and ends all."""
     with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, str(rank)) for rank in range(count)]
+
         def body(rank):
             result = pickle.dumps(function(rank))               # bytes: shared memory would die with the process
-            Path(folder, str(rank)).write_bytes(result)
+            paths[rank].write_bytes(result)
 
-        def over():
-            codes = {child.exitcode for child in children}
-            return codes == {0} or codes - {0, None}
-
-        context = multiprocessing.get_context("fork")
-        children = [context.Process(target=body, args=(rank,)) for rank in range(count)]
+        children = start_processes(body, nprocs=count, join=False, start_method="fork")
         try:
-            for child in children:
-                child.start()
-            until(over, timeout)
+            until(lambda: children.join(timeout), timeout)
         finally:
-            for child in children:
+            for child in children.processes:
                 child.kill()
-        assert not any(child.exitcode for child in children)
-        return [pickle.loads(Path(folder, str(rank)).read_bytes()) for rank in range(count)]
+        return [pickle.loads(path.read_bytes()) for path in paths]
 
 
 def in_child(function, *args, timeout=60):
@@ -113,25 +109,56 @@ def on_ranks(world, function, *args, timeout=100):
     """What function(*args) returns in each of as many processes, which are one group."""
     with tempfile.TemporaryDirectory() as folder:
         def body(rank):
-            torch.set_num_threads(1)
             store = f"file://{folder}/store"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
             dist.barrier()                      # all have met, before one can leave
             found = function(*args)
-            dist.destroy_process_group()
+            if dist.is_initialized():           # a program ends its group itself
+                dist.destroy_process_group()
             return found
 
         return forked(body, world, timeout)
 
 
-@pytest.fixture(scope="module")
-def one_thread():
-    torch.set_num_threads(1)
+def killed(when, function, *args):
+    """Start a function in a process, and kill it when something is so."""
+    child = multiprocessing.get_context("fork").Process(target=function, args=args)
+    child.start()
+    try:
+        until(when, 120)
+    finally:
+        child.kill()
+        child.join()
+
+
+def program(line):
+    """The exit code of a command line, run in this process, and what it prints: stdout, stderr."""
+    name, *flags = line.split()
+    out = io.StringIO()
+    err = io.StringIO()
+    code = 0
+    argv = mock.patch.object(sys, "argv", [name, *flags])
+    with argv, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(str(HERE / name), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def check_mistakes(table, **beginnings):
+    """Each line has a command and, behind two spaces, what it is refused with."""
+    for line in table.strip().splitlines():
+        command, says = re.split("  +", line.format(**beginnings))
+        code, _, said = program(command)
+        assert code == 2, command
+        assert re.fullmatch(rf"\w+.py: error: .*{re.escape(says)}.*\n", said), (command, said)
 
 
 def write_jsonl(path, rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("".join(line + "\n" for line in lines))
+    with open(path, "w") as file:
+        for row in rows:
+            print(row if isinstance(row, str) else json.dumps(row), file=file)
     return str(path)
 
 
@@ -1626,51 +1653,50 @@ def test_the_demo_checks_every_kernel():
 
 # --- parallel.py -----------------------------------------------------------------------------------------------------
 
-SMALL = dict(vocab_size=104, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=64)
-LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
+SMALL = dict(
+    vocab_size=104, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
+    eos_token_id=50)
+LLAMA3 = dict(
+    rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0,
+    high_freq_factor=4.0, original_max_position_embeddings=32)
 PAR_KINDS = {
     "qwen3": dict(),
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=False),
-    "llama": dict(model_type="llama", num_attention_heads=8, num_key_value_heads=4, rope_parameters=LLAMA3),
-}
+    "llama": dict(
+        model_type="llama", num_attention_heads=8, num_key_value_heads=4, rope_parameters=LLAMA3)}
 CPU = P.Mesh(device="cpu")
+equal = partial(torch.testing.assert_close, rtol=0, atol=0)
 
 
 def par_model(mesh=CPU, kind="qwen3", dtype=torch.float64, **settings):
     """Everything random, norms and biases too, and the same on every layout."""
     model = P.Qwen3(P.Config(**SMALL | PAR_KINDS[kind]), mesh, dtype=dtype, seed=None, **settings)
     generator = torch.Generator().manual_seed(0)
-    whole = {}
-    for name, x in model.hf_tensors():
-        noise = torch.randn(x.shape, generator=generator)
-        whole[name] = 0.3 * noise + ("norm" in name)
-    model.load_hf(whole)
+    model.load_hf(
+        (name, 0.3 * torch.randn(x.shape, generator=generator) + ("norm" in name))
+        for name, x in model.hf_tensors())
     return model
 
 
 def par_batches(mesh=CPU):
     """Uneven micro-batches; nothing is learned in the last two."""
     rng = np.random.default_rng(0)
-    whole = []
+    batches = []
     for learned in (0.8, 0.3, 1, 0):
-        lengths = rng.integers(1, 9, 4)
-        documents = [rng.integers(0, 104, n) for n in lengths]
-        masks = [rng.random(n) < learned for n in lengths]
-        whole.append(P.micro_batch(documents, masks))
-    whole.append(P.micro_batch([]))
-    return whole[mesh.dp_rank::mesh.dp]
+        documents = [rng.integers(0, 104, n) for n in rng.integers(1, 9, 4)]
+        masks = [rng.random(len(document)) < learned for document in documents]
+        batches.append(P.micro_batch(documents, masks))
+    batches.append(P.micro_batch([]))
+    return batches[mesh.dp_rank::mesh.dp]
 
 
 def par_loss(model, hidden, batch):
     hidden = hidden[batch["predict"]]
     if model.value_head:
-        total = ((model.value(hidden) - 0.3) ** 2).sum() / 50
-    else:
-        logprob, entropy = model.logprobs(hidden, batch["targets"], 0.9)
-        total = -(logprob.sum() + 0.1 * entropy.sum()) / 50
-    return total, None
+        return ((model.value(hidden) - 0.3) ** 2).sum() / 50, None
+    logprob, entropy = model.logprobs(hidden, batch["targets"], 0.9)
+    return -(logprob + 0.1 * entropy).sum() / 50, None
 
 
 def par_whole(model):
@@ -1681,18 +1707,21 @@ def par_whole(model):
 def test_logits_are_those_of_transformers_and_weights_go_there_and_back(kind, tmp_path):
     from transformers import AutoModelForCausalLM
     ours = par_model(kind=kind, dtype=torch.float32)
-    ours.save_pretrained(tmp_path / "ours")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ours.save_pretrained(tmp_path / "saved")
+    P.save(tmp_path / "run", ours, P.AdamW(ours))
+    P.merge(tmp_path / "run", tmp_path / "merged")
     documents = [torch.arange(n) * 7 % 104 for n in (11, 1, 30, 7)]
     batch = P.micro_batch(documents)
     with torch.no_grad():
         hidden = ours(batch["tokens"], batch["positions"], P.packed(batch["cu_seqlens"]))
-        wanted = torch.cat([theirs(x[None]).logits[0] for x in documents])
-    error = (ours.logits(hidden) - wanted).abs()
-    assert error.max() < 1e-5 * wanted.abs().max()
+        logits = ours.logits(hidden)
+        for folder in ("saved", "merged"):
+            theirs = AutoModelForCausalLM.from_pretrained(tmp_path / folder)
+            wanted = torch.cat([theirs(x[None]).logits[0] for x in documents])
+            assert (logits - wanted).abs().max() < 1e-5 * wanted.abs().max()
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
-    again = par_whole(P.Qwen3.from_pretrained(tmp_path / "theirs", CPU))
-    assert all(torch.equal(again[name], x) for name, x in ours.hf_tensors())
+    again = P.Qwen3.from_pretrained(tmp_path / "theirs", CPU)
+    equal(par_whole(again), par_whole(ours))
 
 
 def par_owned(model, values):
@@ -1706,37 +1735,31 @@ def par_owned(model, values):
     return owned
 
 
-def par_learn(mesh=CPU, kind="qwen3", afab=False, steps=2, **settings):
-    """Weights after some steps; norm and gradients of the last."""
+def par_learn(mesh=CPU, kind="qwen3", afab=False, losses=(par_loss,) * 2, **settings):
+    """Weights after a step of each loss; norm and gradients of the last."""
     model = par_model(mesh, kind, **settings)
     optimizer = P.AdamW(model, lr=1e-3, weight_decay=0.1, clip=0.5)
-    for _ in range(steps):
-        P.run(model, par_batches(mesh), par_loss, "afab" if afab else "1f1b")
+    for loss in losses:
+        P.run(model, par_batches(mesh), loss, "afab" if afab else "1f1b")
         norm = optimizer.step()
-    found = {"norm": norm} | par_whole(model)
     gradients = par_owned(model, {p: p.grad for p in model.masters})
-    for name, x in gradients.items():
-        found["gradient of " + name] = x
-    return found
+    found = {"norm": norm} | par_whole(model)
+    return found | {"gradient of " + name: x for name, x in gradients.items()}
 
 
 def test_a_step_is_that_of_torchs_adamw():
-    ours = par_learn(steps=4)
+    ours = par_learn()
     plain = par_model()
-    norms = [p for p in plain.parameters() if p.ndim == 1]
-    matrices = [p for p in plain.parameters() if p.ndim == 2]
-    groups = [
-        {"params": norms, "weight_decay": 0},
-        {"params": matrices},
-    ]
+    groups = [{"params": []}, {"params": [], "weight_decay": 0}]
+    for p in plain.parameters():
+        groups[p.ndim == 1]["params"].append(p)
     theirs = torch.optim.AdamW(groups, 1e-3, (0.9, 0.95), weight_decay=0.1)
-    for _ in range(4):
+    for _ in range(2):
         theirs.zero_grad()
         for batch in par_batches():
             attend = P.packed(batch["cu_seqlens"])
             hidden = plain(batch["tokens"], batch["positions"], attend)
-            total, _ = par_loss(plain, hidden, batch)
-            total.backward()
+            par_loss(plain, hidden, batch)[0].backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
         theirs.step()
     for name, x in plain.hf_tensors():
@@ -1745,8 +1768,8 @@ def test_a_step_is_that_of_torchs_adamw():
 
 def par_compare(cases):
     for case in cases:
-        dp, pp, tp, kind, *flags = case.split()
-        mesh = P.init(int(dp), int(pp), int(tp))
+        layout, kind, *flags = case.split()
+        mesh = P.init(*map(int, layout.split("x")))
         ours = par_learn(mesh, kind, **dict.fromkeys(flags, True))
         theirs = par_learn(CPU, kind, value_head="value_head" in flags)
         assert ours.keys() == theirs.keys()
@@ -1756,11 +1779,11 @@ def par_compare(cases):
 
 
 @pytest.mark.parametrize("world,cases", [
-    (2, ["1 1 2 qwen3", "1 1 2 llama sequence_parallel", "1 1 2 qwen2", "1 2 1 qwen3", "1 2 1 llama afab",
-         "1 2 1 qwen3 value_head", "2 1 1 qwen3 recompute", "2 1 1 qwen2"]),
-    (4, ["1 1 4 llama", "2 1 2 qwen3 sequence_parallel value_head recompute", "1 4 1 qwen3", "2 2 1 qwen3 recompute",
-         "2 1 2 qwen2", "4 1 1 qwen3"]),
-    (8, ["2 2 2 qwen3 sequence_parallel", "1 8 1 qwen3", "8 1 1 qwen2"])])      # more than layers, and than batches
+    (2, ["1x1x2 qwen3", "1x1x2 llama sequence_parallel", "1x1x2 qwen2", "1x2x1 qwen3", "1x2x1 llama afab",
+         "1x2x1 qwen3 value_head", "2x1x1 qwen3 recompute", "2x1x1 qwen2"]),
+    (4, ["1x1x4 llama", "2x1x2 qwen3 sequence_parallel value_head recompute", "1x4x1 qwen3", "2x2x1 qwen3 recompute",
+         "2x1x2 qwen2", "4x1x1 qwen3"]),
+    (8, ["2x2x2 qwen3 sequence_parallel", "1x8x1 qwen3", "8x1x1 qwen2"])])      # more than layers, and than batches
 def test_every_layout_computes_what_one_process_does(world, cases):
     on_ranks(world, par_compare, cases)
 
@@ -1784,52 +1807,28 @@ def test_stages_keep_few_activations_and_gradients_are_reduced_while_backward_go
 
 
 def test_the_head_counts_as_layers_of_its_stage():
-    for value_head, layers in ((False, 18), (True, 14)):
-        mesh = P.Mesh(pp=2, device="meta")
-        model = P.Qwen3(P.Config(), mesh, seed=None, value_head=value_head)
+    first = P.Mesh(pp=2, device="meta")
+    for value_head, layers in (False, 18), (True, 14):
+        model = P.Qwen3(P.Config(), first, seed=None, value_head=value_head)
         assert len(model.layers) == layers
 
 
-def par_same(one, other):
-    for here, there in zip(one, other):
-        assert all(torch.equal(x, there[name]) for name, x in here.items())
-
-
 def test_a_gradient_that_is_not_finite_changes_nothing():
-    model = par_model()
-    optimizer = P.AdamW(model, lr=1e-3, weight_decay=0.1, clip=0.5)
-    before = par_whole(model)
-    P.run(model, par_batches(), lambda *args: (par_loss(*args)[0] * math.nan, None))
-    assert not optimizer.step().isfinite()
-    par_same([before], [par_whole(model)])
-    P.run(model, par_batches(), par_loss)                               # and nothing later: this is the first step
-    optimizer.step()
-    par_same([par_whole(model)], [par_learn(steps=1)])
+    def spoilt(*args):
+        return par_loss(*args)[0] * math.nan, None
 
-
-def test_gradients_of_bf16_are_summed_in_fp32():
-    exact = par_learn(steps=1)
-    rounded = par_learn(steps=1, dtype=torch.bfloat16, recompute=True)
-    for name, x in rounded.items():
-        if "gradient" in name:
-            assert x.dtype == torch.float32
-            assert (x - exact[name]).norm() < 0.2 * exact[name].norm(), name
+    equal(par_learn(losses=[spoilt, par_loss]), par_learn(losses=[par_loss]))
 
 
 def test_what_cannot_be_is_refused_by_name():
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
-    wrong = dict(
-        hidden_act="gelu",
-        attention_bias=True,
-        model_type="gemma",
-        rope_parameters=yarn,
-    )
+    wrong = dict(hidden_act="gelu", attention_bias=True, model_type="gemma", rope_parameters=yarn)
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.replace("parameters", "type")):
             P.Config(**{name: value})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="tp=2"):
         P.Qwen3(P.Config(vocab_size=101), P.Mesh(tp=2, device="meta"))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="1 processes"):
         P.init(tp=2)
 
 
@@ -1837,64 +1836,55 @@ def test_weights_are_loaded_in_place_and_all_or_none():
     model = par_model()
     before = par_whole(model)
     place = model.layers[0].qkv.data_ptr()
-    more = {name: x.numpy() + 1 for name, x in before.items()}
+    more = {name: x + 1 for name, x in before.items()}
     for wrong in ({}, more | {"model.norm.weight": np.zeros(9)}):
         with pytest.raises(ValueError, match="the model wants"):
             model.load_hf(wrong)
-        par_same([before], [par_whole(model)])
-    model.load_hf(iter(more.items()))
-    par_same([par_whole(model)], [{name: x + 1 for name, x in before.items()}])
+        equal(par_whole(model), before)
+    model.load_hf((name, x.numpy()) for name, x in more.items())
+    equal(par_whole(model), more)
     assert model.layers[0].qkv.data_ptr() == place
 
 
-def par_resume(folder, layout, steps, save_at=None):
-    """Weights, masters and moments after some steps, from the newest checkpoint if there is one."""
+def par_resume(folder, steps, *layout):
+    """Weights, masters and moments after step 3 and the last. The checkpoint is made after 3, or gone on from."""
     mesh = P.init(*layout)
     model = par_model(mesh, dtype=torch.bfloat16)
     optimizer = P.AdamW(model, lr=1e-2, weight_decay=0.1)
-    done = P.load(folder, model, optimizer)["step"] if P.latest(folder) else 0
-    for step in range(done, steps):
-        if step == save_at:
-            P.save(folder / f"step-{step}", model, optimizer, {"step": step})
-        P.run(model, par_batches(mesh), par_loss)
-        optimizer.step()
-    owned = [par_owned(model, values) for values in optimizer.state.values()]
-    return [par_whole(model), *owned]
+    first = P.load(folder, model, optimizer)["step"] if P.latest(folder) else 0
+    found = {}
+    for step in range(first, steps + 1):
+        if step > first:
+            P.run(model, par_batches(mesh), par_loss)
+            optimizer.step()
+        if step in (3, steps):
+            owned = [par_owned(model, values) for values in optimizer.state.values()]
+            found[step] = [par_whole(model), *owned]
+        if step == 3 > first:
+            P.save(folder / "step-3", model, optimizer, {"step": step})
+    return found
 
 
 def test_a_checkpoint_loads_on_any_layout_and_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path):
-    folder = tmp_path / "run"
-    wanted = on_ranks(8, par_resume, tmp_path / "none", (2, 2, 2), 3)[0]
-    at_five = on_ranks(8, par_resume, folder, (2, 2, 2), 5, 3)[0]
-    for layout in ((1, 4, 1), (4, 1, 2), (1, 1, 1)):
-        found = on_ranks(math.prod(layout), par_resume, folder, layout, 3)
-        par_same(wanted, found[-1])
-    resumed = on_ranks(8, par_resume, folder, (2, 2, 2), 5)
-    par_same(at_five, resumed[-1])
-
-
-def par_save_forever(folder, pipe):
-    model = par_model()
-    for step in range(10_000):
-        P.save(folder / f"step-{step}", model, None, {"step": step})
-        pipe.send(step)
+    wanted = on_ranks(8, par_resume, tmp_path, 5, 2, 2, 2)[0]
+    for steps, *layout in ((3, 1, 4, 1), (3, 4, 1, 2), (3, 1, 1, 1), (5, 2, 2, 2)):
+        found = on_ranks(math.prod(layout), par_resume, tmp_path, steps, *layout)[-1]
+        equal(found, {step: wanted[step] for step in found})
+    assert {x.dtype for x in wanted[5][1].values()} == {torch.float32}      # masters of a model in bf16
 
 
 def test_a_kill_at_any_moment_leaves_the_last_whole_checkpoint(tmp_path):
     model = par_model()
-    context = multiprocessing.get_context("fork")
+
+    def save_forever(folder):
+        for step in itertools.count():
+            P.save(folder / f"step-{step}", model, None, {"step": step})
+
     for trial in range(8):
         folder = tmp_path / str(trial)
-        ours, theirs = context.Pipe()
-        child = context.Process(target=par_save_forever, args=(folder, theirs))
-        child.start()
-        done = ours.recv()                                              # one is finished,
-        time.sleep(random.random() * 0.1)                               # and in one of the next ones comes
-        child.kill()
-        child.join()
-        while ours.poll():
-            done = ours.recv()
-        assert P.load(folder, model)["step"] >= done
+        killed(partial(P.latest, folder), save_forever, folder)
+        count = len(list(folder.glob("step-*")))
+        assert P.load(folder, model)["step"] == count - 1
 
 
 def test_checkpoints_that_are_damaged_or_foreign_are_refused(tmp_path):
@@ -1913,27 +1903,12 @@ def test_checkpoints_that_are_damaged_or_foreign_are_refused(tmp_path):
         P.load(tmp_path, model)
 
 
-def test_a_merged_checkpoint_is_a_model_for_transformers(tmp_path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    model = P.Qwen3.from_pretrained(P.tiny_model(tmp_path / "tiny"), CPU, dtype=torch.bfloat16)
-    P.save(tmp_path / "run", model, P.AdamW(model))
-    P.merge(tmp_path / "run", tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert all(torch.equal(theirs[name], x.bfloat16()) for name, x in model.hf_tensors())
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    turns = [{"role": "user", "content": "naïve 漢字"}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    assert text == "<|im_start|>user\nnaïve 漢字<|im_end|>\n<|im_start|>assistant\n"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-
-
 def test_documents_are_packed_evenly():
     lengths = np.random.default_rng(0).integers(1, 400, 100)
     bins = P.pack(lengths, 1000, 4)
     assert sorted(sum(bins, [])) == list(range(100))
     loads = [lengths[rows].sum() for rows in bins]
-    assert 0.9 * max(loads) < min(loads)
-    assert max(loads) <= 1000
+    assert 0.9 * max(loads) < min(loads) <= max(loads) <= 1000
     with pytest.raises(ValueError):
         P.pack([5, 1001], 1000)
 
@@ -1947,52 +1922,30 @@ def test_learned_tokens_are_predicted_from_the_ones_before():
         "[5, 6, 7, 8, 9, 10] [0, 1, 2, 0, 0, 1] [0, 3, 4, 6] [1, 4] [7, 10]")
 
 
-def test_settings_come_from_flags_and_mistakes_are_a_line(capsys):
-    assert P.arguments(P.Settings, ["--tp", "2"]) == P.Settings(tp=2)
-    words = {
-        "--recompue": "did you mean --recompute?",
-        "--recomp": "no --recomp",
-        "--help": "stages of the pipeline (default: 1)",
-    }
-    for flags, word in words.items():
-        with pytest.raises(SystemExit):
-            P.arguments(P.Settings, flags.split())
-        said = capsys.readouterr()
-        assert word in " ".join((said.out + said.err).split())
-        assert said.err.count("\n") == (flags != "--help")
-    told = ValueError("an actor's traceback")
-    told.cause = ValueError("no\nsuch")
-    with pytest.raises(SystemExit), P.mistakes():
-        raise told
-    assert capsys.readouterr().err.endswith(": error: no such\n")
-
-
 def test_training_flops_are_six_a_used_parameter_and_token_and_causal_attention():
     wanted = 8192 * 6 * 595_984_384 + 8 * 6 * 28 * 2048 * 1024**2       # 596 M numbers in matrices, the words once
     for tied in (True, False):                                          # which are looked up, if they are not the head
         assert P.training_flops(P.Config(tie_word_embeddings=tied), [1024] * 8) == wanted
 
 
-def par_main(*args):
-    """What the command line prints, from a process that may be one of a group."""
-    text = io.StringIO()
-    with mock.patch.object(sys, "argv", ["parallel.py", *args]), contextlib.redirect_stdout(text):
-        with mock.patch.object(dist, "destroy_process_group"):
-            runpy.run_path(str(HERE / "parallel.py"), run_name="__main__")
-    return text.getvalue()
+def test_four_processes_learn_what_one_does():
+    _, said, _ = on_ranks(4, program, "parallel.py --tp 2 --pp 2 --device cpu")[0]
+    assert float(said.split()[-1]) < 1e-5
 
 
-def test_the_command_line_of_parallel():
-    assert "one process: 0.0e+00" in par_main("--device", "cpu")
-    text = on_ranks(4, par_main, "--tp", "2", "--pp", "2", "--device", "cpu")[0]
-    assert "step=5" in text
-    assert float(text.split()[-1]) < 1e-5
+@gpu
+@pytest.mark.parametrize("layout", ["--dp 2", "--pp 2", "--tp 2 --sequence_parallel"])
+def test_layouts_over_nccl_learn_what_one_gpu_does(layout):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = f"torchrun --standalone --nproc-per-node 2 parallel.py {layout}"
+    subprocess.run(command.split(), cwd=HERE, check=True)               # the demo compares
 
 
 # --- engine.py -------------------------------------------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory, one_thread):
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
     """A base model: its configuration names 256, and not 258, with which the chat template ends a turn."""
     folder = tmp_path_factory.mktemp("tiny")
     shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=96)
@@ -2042,15 +1995,13 @@ def tokens_of(outputs):
 def trainers_logprobs(model, outputs, temperature, size=4):
     """The engine's logprob of every token, and the trainer's, which packs so many sequences into a micro-batch."""
     ours = []
-    documents = []
+    texts = []
     for output in outputs:
         for one in output.outputs:
             ours += one.logprobs
             text = np.array(output.prompt_token_ids + one.token_ids)
-            learned = np.arange(len(text)) >= len(output.prompt_token_ids)
-            documents.append((text, learned))
-    cuts = [documents[i:i + size] for i in range(0, len(documents), size)]
-    batches = [P.micro_batch(*zip(*cut)) for cut in cuts]
+            texts.append((text, np.arange(len(text)) >= len(output.prompt_token_ids)))
+    batches = [P.micro_batch(*zip(*texts[i:i + size])) for i in range(0, len(texts), size)]
 
     def read(model, hidden, batch):
         return None, model.logprobs(hidden[batch["predict"]], batch["targets"], temperature)[0]
@@ -2059,24 +2010,18 @@ def trainers_logprobs(model, outputs, temperature, size=4):
     return np.array(ours), torch.cat(theirs).double().cpu().numpy()
 
 
-@pytest.mark.parametrize("kind", ["Qwen3", "Llama", "Qwen2"])
-def test_greedy_tokens_are_those_of_transformers(tmp_path, one_thread, kind):
-    import transformers
-    torch.manual_seed(3)
-    config = getattr(transformers, kind + "Config")(
-        vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=128, initializer_range=0.2,
-        eos_token_id=50, tie_word_embeddings=kind == "Qwen2")
-    model = getattr(transformers, kind + "ForCausalLM")(config).eval()
+@pytest.mark.parametrize("kind", PAR_KINDS)
+def test_greedy_tokens_are_those_of_transformers(tmp_path, kind):
+    from transformers import AutoModelForCausalLM
+    par_model(kind=kind, dtype=torch.float32).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
     model.generation_config.eos_token_id = [1, 2, 3, 4, 5, 6]       # these count, not the configuration's
     model.save_pretrained(tmp_path)
     engine = LLM(str(tmp_path), max_num_seqs=5, max_num_batched_tokens=40)
-    prompts = some_prompts(random.Random(1), 8, 60, 199)
+    prompts = some_prompts(random.Random(1), 8, 34, 104)
     outputs = serve(engine, prompts, temperature=0, max_tokens=30, ignore_eos=False)
     for prompt, output in zip(prompts, outputs):
-        ids = torch.tensor([prompt])
-        [want] = model.generate(ids, max_new_tokens=30, do_sample=False)
+        [want] = model.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
         assert prompt + output["token_ids"] == want.tolist()
     assert {output["finish_reason"] for output in outputs} == {"stop", "length"}
 
@@ -2102,12 +2047,9 @@ def test_random_requests_get_in_small_engines_what_each_gets_alone(tiny, llm):
     """By itself an answer goes on to the end of the context: where it ends with other settings follows from that."""
     rng = random.Random(1)
     decode = partial(llm.get_tokenizer().decode, skip_special_tokens=True)
-    prompts = []
-    params = []
-    want = []
+    cases = []
     for seed in range(16):
-        text = "beginning " * rng.randint(0, 3)
-        text += "".join(rng.choices("aé€😀", k=rng.randint(1, 3)))
+        text = "beginning " * rng.randint(0, 3) + rng.choice(["a", "é", "a€", "😀é"])
         ids = llm.tokenizer.encode(text)
         heat = rng.choice([0, 0.6, 1.2])
         free = asked(
@@ -2115,19 +2057,20 @@ def test_random_requests_get_in_small_engines_what_each_gets_alone(tiny, llm):
             top_k=rng.choice([-1, 9, 99]), top_p=rng.uniform(0.5, 1))
         [output] = serve(llm, text, free)
         [samples] = tokens_of([output])
-        assert output.prompt_token_ids == ids
         assert {len(ids + tokens) for tokens in samples} == {96}
         assert len({*map(tuple, samples)}) == (free.n if heat else 1)
         pieces = re.findall("[^\ufffd]{2}", output["text"][4:])
         piece = rng.choice(pieces or ["never"])
-        rules = replace(
+        params = replace(
             free, max_tokens=rng.randint(1, 40), ignore_eos=rng.random() < 0.5,
             stop=rng.choice([[], piece, ["never", piece]]),
             stop_token_ids=rng.choice([[], samples[0][9]]))
         form = rng.choice([text, ids, {"prompt": text}, {"prompt_token_ids": ids}])
-        prompts.append(form)
-        params.append(rules)
-        want.append([ended(tokens, rules, decode) for tokens in samples])
+        want = [ended(tokens, params, decode) for tokens in samples]
+        cases.append((form, params, want))
+        stream = llm.stream(form, replace(params, n=1))
+        assert "".join(stream) == want[0][1]
+    prompts, settings, wants = map(list, zip(*cases))
     for chunk, page, caching, overlap in (
             (3, 16, True, True),
             (7, 4, True, False),
@@ -2137,15 +2080,12 @@ def test_random_requests_get_in_small_engines_what_each_gets_alone(tiny, llm):
             tiny, max_model_len=96, max_num_seqs=6, max_num_batched_tokens=chunk,
             block_size=page, num_gpu_blocks_override=80 // page, exact=page == 1,
             enable_prefix_caching=caching, async_scheduling=overlap)
-        for output, samples in zip(serve(engine, prompts, params), want):
-            for one, expected in zip(output.outputs, samples):
+        for output, want in zip(serve(engine, prompts, settings), wants):
+            for one, expected in zip(output.outputs, want):
                 found = one.token_ids, one.text, one.finish_reason, one.stop_reason
                 assert found == expected
         assert engine.scheduler.preemptions > 0
         assert (engine.scheduler.cached_tokens > 100) == caching
-    for prompt, rules, samples in zip(prompts, params, want):
-        stream = engine.stream(prompt, replace(rules, n=1))
-        assert "".join(stream) == samples[0][1]
 
 
 def test_streams_share_the_engine_and_may_be_left(llm):
@@ -2164,7 +2104,7 @@ def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny)
     for page in (1, 4, 16):
         engine = LLM(tiny, max_model_len=128, block_size=page)
         want = 0
-        for n in {1, page, page + 1, 3 * page - 1, 3 * page, 3 * page + 1}:
+        for n in {page, page + 1, 3 * page - 1}:
             for _ in range(2):
                 serve(engine, [n] + [3] * n)
             want += n // page * page                    # all but the last token, in whole pages
@@ -2175,21 +2115,20 @@ def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny)
 
 def test_the_template_says_which_token_ends_a_turn(llm):
     talk = [{"role": "user", "content": "2 + 2?"}]
-    bare = {"add_generation_prompt": False}
-    [start] = llm.chat(talk, asked(max_tokens=0), chat_template_kwargs=bare)
+    [start] = llm.chat(
+        talk, asked(max_tokens=0), chat_template_kwargs={"add_generation_prompt": False})
     for seed in range(8):
         params = asked(seed=seed, max_tokens=None, ignore_eos=False)
         one, two = llm.chat([talk, talk], params)
         [free] = serve(llm, one.prompt, params)         # 256 ends it, the configuration's
-        assert one.prompt.startswith(start.prompt) and one.prompt != start.prompt
+        assert one.prompt == start.prompt + "<|im_start|>assistant\n"
         tokens = free["token_ids"]
         if 258 in tokens:
             tokens = tokens[:tokens.index(258) + 1]
         assert one["token_ids"] == two["token_ids"] == tokens
     tokenizer = copy.deepcopy(llm.tokenizer)
-    for ending, token in (("<|im_end|>\n", 258), ("\n<|endoftext|>", 256), ("\n\n", None)):
-        turns = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
-        tokenizer.chat_template = turns
+    for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None)):
+        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
         assert E.end_of_turn(tokenizer) == token
 
 
@@ -2219,53 +2158,40 @@ def test_pages_and_logprobs_add_up_in_thousands_of_random_steps(tiny, seed):
     give it behind all tokens before: a stale, shared or lost page would be seen."""
     rng = random.Random(seed)
     model = P.Qwen3.from_pretrained(tiny)
-    old = {name: x.clone() for name, x in model.hf_tensors()}
-    new = {name: x.flip(0).numpy() for name, x in old.items()}
+    old = par_whole(model)
+    weights = [old, {name: x.flip(0).numpy() for name, x in old.items()}]
     page = [1, 2, 4, 8][seed]
     engine = LLM(
         tiny, max_model_len=64, max_num_seqs=rng.randint(4, 9), block_size=page,
         num_gpu_blocks_override=rng.randint(64, 90) // page,
         max_num_batched_tokens=[100, 1, 40, 9][seed], async_scheduling=page > 2)
-    addresses = [x.data_ptr() for x in engine.model.parameters()]
     stems = some_prompts(rng, 4, 40)
     heats = [0.6] if seed % 2 else [0, 1]               # logprobs of greedy tokens are those at 1
-    limits = {}
     outputs = {}
-    aborted = set()
     step = 0
     while step < 500 or engine.has_unfinished():
         step += 1
         if step < 500 and len(engine.requests) < 20 and rng.random() < 0.4:
             stem = rng.choice(stems)[:rng.randint(1, 40)]
             prompt = stem + rng.choices(range(3), k=rng.randint(0, 5))
-            limit = rng.randint(1, 18)
-            params = asked(n=rng.choice([1, 1, 4]), max_tokens=limit, temperature=rng.choice(heats))
-            limits[engine.add_request(prompt, params)] = limit
+            engine.add_request(prompt, asked(
+                n=rng.choice([1, 1, 4]), max_tokens=rng.randint(1, 18), temperature=rng.choice(heats)))
         if engine.requests and rng.random() < 0.02:
-            name = rng.choice(list(engine.requests))
-            aborted.add(name)
-            engine.abort(name)
+            engine.abort(rng.choice(list(engine.requests)))
         if rng.random() < 0.02:
-            if engine.weight_version:
-                engine.update_weights(old.items(), version=0)
-            else:
-                engine.update_weights(new)
+            version = 1 - engine.weight_version
+            engine.update_weights(weights[version].items(), version)
         for output in engine.step():
             outputs[output.request_id] = output
         pages_add_up(engine.scheduler)
-    assert addresses == [x.data_ptr() for x in engine.model.parameters()]       # graphs stay valid
     assert engine.scheduler.cached_tokens > 100
     assert engine.scheduler.preemptions > 5
-    assert outputs.keys() == limits.keys()
-    versions = []
-    for name, output in outputs.items():
-        for one in output.outputs:
-            assert len(one.token_ids) == limits[name] or name in aborted
-            versions += one.versions
-    for version, weights in enumerate([old, new]):
-        model.load_hf(weights)
+    assert len(outputs) == engine.count
+    versions = [one.versions for output in outputs.values() for one in output.outputs]
+    for version in (0, 1):
+        model.load_hf(weights[version])
         ours, theirs = trainers_logprobs(model, outputs.values(), max(heats))
-        mine = np.array(versions) == version
+        mine = np.concatenate(versions) == version
         assert np.allclose(ours[mine], theirs[mine], atol=2e-5)
         assert mine.sum() > 100
 
@@ -2277,34 +2203,19 @@ def served(folder, count, **settings):
         max_num_batched_tokens=2 * count, **settings)
     prompts = some_prompts(random.Random(21), count, 3 * count)
     outputs = serve(engine, prompts, seed=3, max_tokens=count, top_k=50)
-    return tokens_of(outputs), [output["logprobs"] for output in outputs]
+    return tokens_of(outputs), sum([output["logprobs"] for output in outputs], [])
 
 
 def test_the_kernels_give_what_their_references_give(tiny):
     """The whole engine on interpreted Triton: shapes, strides and integer types are what the kernels want."""
     code = f"""import json, {Path(__file__).stem} as tests
 print(json.dumps([tests.served({tiny!r}, 4, exact=exact) for exact in (False, True)]))"""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, env=environment)
     want, logprobs = served(tiny, 4)
-    for tokens, found in json.loads(done.stdout):
+    for tokens, found in json.loads(said):
         assert tokens == want
-        assert np.allclose(sum(found, []), sum(logprobs, []), atol=1e-4)
-
-
-def test_the_demo_runs_and_the_terminal_answers(tiny, llm, monkeypatch, capsys):
-    def says(*words):
-        monkeypatch.setattr(sys, "argv", ["engine.py", *words])
-        runpy.run_path(E.__file__, run_name="__main__")
-        return capsys.readouterr().out.strip()
-
-    assert "the same tokens" in says()
-    params = SamplingParams(temperature=0, max_tokens=20)
-    [want] = llm.chat([{"role": "user", "content": "2 + 2?"}], params)
-    assert says(*"--temperature 0 --max_tokens 20 --model".split(), tiny, "2 + 2?") == want["text"].strip()
-    with pytest.raises(SystemExit, match="2"):
-        says("--model", "nowhere", "2 + 2?")
+        assert np.allclose(found, logprobs, atol=1e-4)
 
 
 def test_two_ranks_generate_as_one(tiny):
@@ -2313,7 +2224,14 @@ def test_two_ranks_generate_as_one(tiny):
     two = partial(served, tiny, 12, tensor_parallel_size=2, **settings)
     for tokens, found in on_ranks(2, two):
         assert tokens == want
-        assert np.allclose(sum(found, []), sum(logprobs, []), atol=1e-6)
+        assert np.allclose(found, logprobs, atol=1e-6)
+
+
+def test_the_terminal_answers(tiny, llm):
+    talk = [{"role": "user", "content": "2+2?"}]
+    [want] = llm.chat(talk, SamplingParams(temperature=0, max_tokens=20))
+    _, said, _ = program(f"engine.py --temperature 0 --max_tokens 20 --model {tiny} 2+2?")
+    assert said.strip() == want["text"].strip()
 
 
 SMOLLM2 = dict(
@@ -2341,7 +2259,7 @@ def test_every_logprob_is_the_trainers_bit_for_bit(tmp_path, shapes):
             outputs = serve(engine, prompts, params)
             pack = rng.choice([1, 7, 30])
             ours, theirs = trainers_logprobs(engine.model, outputs, temperature, pack)
-            assert (ours == theirs).all(), f"{(ours != theirs).sum()} of {len(ours)} differ"
+            assert (ours != theirs).sum() == 0
         engine.update_weights({x: w * 1.25 for x, w in engine.model.hf_tensors()})
     assert engine.scheduler.preemptions > 0
     assert engine.runner.graphs
@@ -2351,18 +2269,14 @@ def test_every_logprob_is_the_trainers_bit_for_bit(tmp_path, shapes):
 def test_greedy_outputs_do_not_depend_on_batch_size_graphs_or_overlap(tmp_path):
     folder = str(P.tiny_model(tmp_path, **SMOLLM2))
     prompts = some_prompts(random.Random(5), 70, 100)
-    want = None
+    found = []
     for others in (
-            {},
-            {"max_num_seqs": 1},
-            {"max_num_seqs": 19},
-            {"enforce_eager": True},
+            {}, {"max_num_seqs": 1}, {"max_num_seqs": 19}, {"enforce_eager": True},
             {"async_scheduling": False}):
         engine = LLM(
             folder, max_model_len=256, exact=True, num_gpu_blocks_override=2000, **others)
-        found = tokens_of(serve(engine, prompts, temperature=0, max_tokens=40))
-        want = want or found
-        assert found == want, others
+        found.append(tokens_of(serve(engine, prompts, temperature=0, max_tokens=40)))
+        assert found[-1] == found[0], others
 
 
 # --- sft.py ----------------------------------------------------------------------------------------------------------
@@ -2381,15 +2295,9 @@ SMOLLM2_TEMPLATE = r"""{% if messages[0].role != 'system' %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
-@pytest.fixture(scope="session")
-def sft_model(tmp_path_factory):
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
-    return P.tiny_model(tmp_path_factory.mktemp("sft"), vocab_size=264, **shape)
-
-
 @pytest.fixture
-def words(sft_model):
-    return AutoTokenizer.from_pretrained(sft_model)
+def words(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
 
 
 def talk(*texts):
@@ -2402,7 +2310,7 @@ def whole(words, *texts):
 
 
 def prepared(rows, words, folder, side="", **settings):
-    """The text of each document that `prepare` makes of rows, or of a file."""
+    """The text of each document that `prepare` makes of rows, or of a folder."""
     if isinstance(rows, list):
         rows = write_jsonl(folder / "rows.jsonl", rows)
     out = folder / "out.arrow"
@@ -2411,12 +2319,11 @@ def prepared(rows, words, folder, side="", **settings):
     return words.batch_decode(al.read(out)[side + "input_ids"].to_pylist())
 
 
-@pytest.mark.parametrize("template", [QWEN3_TEMPLATE, SMOLLM2_TEMPLATE], ids=[0, 1])
-def test_the_assistants_words_and_its_end_of_turn_are_learned(
-        words, tmp_path, capsys, template):
-    words.chat_template = template
+def test_the_assistants_words_and_its_end_of_turn_are_learned(words, tmp_path, capsys):
     thought = "<think>\nhm\n</think>\n\nb"
-    for texts, learned in [("ab", "b"), (["a", thought], [thought]), ("abcd", "bd")]:
+    talks = [("ab", "b"), (["a", thought], [thought]), ("abcd", "bd")]
+    for template, (texts, learned) in itertools.product([QWEN3_TEMPLATE, SMOLLM2_TEMPLATE], talks):
+        words.chat_template = template
         found, = prepared([{"messages": talk(*texts)}], words, tmp_path)
         assert found == whole(words, *texts)
         row = al.read(tmp_path / "out.arrow")[0]
@@ -2427,21 +2334,25 @@ def test_the_assistants_words_and_its_end_of_turn_are_learned(
         assert re.findall(r"\[\[(\S.*?)]]", said, re.DOTALL) == ends          # a person sees it
 
 
+SFT_ROWS = r"""
+{"problem": "p", "solution": "é漢", "messages": [{"role": "user", "content": "q"}]}
+{"question": "p", "answer": "a <<1+1=2>>2\n#### 7"}
+{"question": "p", "answer": "é漢"}
+{"prompt": "p", "completion": " é漢\n"}
+{"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "é漢"}]}
+{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "é漢"}]}
+"""
+SFT_PAIRS = """
+{"question": "p", "chosen": "r", "rejected": "s"}
+{"prompt": "p", "chosen": [{"role": "assistant", "content": "r"}], "rejected": "s"}
+"""
+
+
 def test_every_shape_of_a_row_becomes_the_same_conversation(words, tmp_path):
     asked = "p\nWork step by step and put the final answer inside \\boxed{}."
-    rows = [
-        {"problem": "p", "solution": "r", "messages": talk("p", "r")},
-        {"question": "p", "answer": "a <<1+1=2>>2\n#### 7"},
-        {"question": "p", "answer": "r"},
-        {"prompt": "p", "completion": " r\n"},
-        {"prompt": talk("p"), "completion": talk("p", "r")[1:]},
-        {"messages": talk("p", "r")}]
-    want = [(asked, "r"), (asked, "a 2\nThe answer is \\boxed{7}.")] + [("p", "r")] * 4
-    assert prepared(rows, words, tmp_path) == [whole(words, *texts) for texts in want]
-    pairs = [
-        {"question": "p", "chosen": "r", "rejected": "s"},
-        {"chosen": talk("p", "r"), "rejected": talk("p", "s")},
-        {"prompt": "p", "chosen": talk("p", "r")[1:], "rejected": "s"}]
+    want = [(asked, "é漢"), (asked, "a 2\nThe answer is \\boxed{7}.")] + [("p", "é漢")] * 4
+    assert prepared([SFT_ROWS], words, tmp_path) == [whole(words, *texts) for texts in want]
+    pairs = [SFT_PAIRS, {"chosen": talk("p", "r"), "rejected": talk("p", "s")}]
     for side, text in [("chosen_", "r"), ("rejected_", "s")]:
         assert prepared(pairs, words, tmp_path, side) == [whole(words, "p", text)] * 3
 
@@ -2458,19 +2369,26 @@ def test_files_of_any_kind_say_the_same_and_no_prompt_is_on_both_sides(words, tm
     files = prepared(folder, words, tmp_path)
     assert files == prepared(rows, words, tmp_path, held_out=0.25)
     first, again = al.read(tmp_path / "out.arrow")["held_out"].to_numpy().reshape(2, 100)
-    assert first.tolist() == again.tolist() and 10 < first.sum() < 45       # 25 +- 4 sigma
+    assert first.tolist() == again.tolist()
+    assert 10 < first.sum() < 45                                # 25 +- 4 sigma
+
+
+SFT_BAD = r"""{"text": "x"}
+{"prompt": "p", "completion": "rrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrrr"}
+{"prompt": "<|im_end|>", "completion": "r"}
+{"prompt": "p", "completion": 3}
+{"prompt": "p", "completion": "\ud800"}
+{"messages": [{"role": "user", "content": "p"}]}"""
 
 
 def test_what_cannot_be_learned_is_counted_with_its_reason(words, tmp_path, capsys):
-    good = [{"messages": talk("p", "r")}] * 9
-    bad = [{"text": "x"}, {"prompt": "p", "completion": "r" * 300}]
-    for texts in [("<|im_end|>", "r"), ("p", "r", "p"), ("p", 3), ("p", "\ud800")]:
-        bad.append({"messages": talk(*texts)})
-    source = write_jsonl(tmp_path / "rows.jsonl", bad + good)
-    found = sft.prepare(source, words, tmp_path / "out.arrow", 0, 300)
+    good = [{"prompt": "p", "completion": "r"}] * 9
+    source = write_jsonl(tmp_path / "rows.jsonl", [SFT_BAD, *good])
+    found = sft.prepare(source, words, tmp_path / "out.arrow", 0, 80)
     assert found == {"rows": 9, "held_out": 0, "skipped": 6}
     said = capsys.readouterr().out
-    assert "line 1: no answer" in said and "line 2: too long" in said
+    assert "line 1: no answer" in said
+    assert "line 2: too long" in said
     write_jsonl(tmp_path / "rows.jsonl", [*good, "{no json"])
     with pytest.raises(ValueError, match="line 10"):
         sft.prepare(source, words, tmp_path / "new")
@@ -2479,30 +2397,31 @@ def test_what_cannot_be_learned_is_counted_with_its_reason(words, tmp_path, caps
 def test_each_epoch_is_every_row_once_in_an_order_of_its_own():
     steps = [sft.rows_of_step(step, 103, 10, seed=5) for step in range(20)]
     first, second = np.reshape(steps, (2, 100)).tolist()
-    assert len({*first}) == len({*second}) == 100 and first != second
+    assert len({*first}) == len({*second}) == 100
+    assert first != second
 
 
 def test_losses_are_the_formulas_of_their_papers():
     logprobs = torch.tensor([-1.0, -2, -3, -4, -5])             # of two pairs, whose first answer has two tokens
     model = mock.Mock(**{"logprobs.return_value": (logprobs, None)})
-    batch = {"predict": torch.arange(5), "targets": None, "count": 10, "pairs": 4}
-    batch["answers"] = torch.tensor([2, 1, 1, 1])
-    batch["reference"] = torch.tensor([[-1.0, -2], [-3, -4]])
+    batch = {
+        "predict": torch.arange(5), "targets": None, "count": 10, "pairs": 4,
+        "answers": torch.tensor([2, 1, 1, 1]),
+        "reference": torch.tensor([[-1.0, -2], [-3, -4]])}
     loss, told = sft.dpo_loss(model, torch.zeros(5, 1), batch, beta=0.5)
     margins = np.array([-0.5, 0])
     assert loss.item() == pytest.approx(np.log(1 + np.exp(-margins)).sum() / 4)
-    means = [told[name] for name in ("accuracy", "margin", "reward")]
-    assert means == [0, -0.125, -0.375]
+    told.pop("loss")
+    assert told == {"accuracy": 0, "margin": -0.125, "reward": -0.375}
     assert sft.sft_loss(model, torch.zeros(5, 1), batch)[0] == 1.5
 
 
-def sft_rows(path, *sides):
-    """A prepared file of 40 rows of random tokens, the last four held out."""
+def sft_rows(path):
+    """A prepared file of 40 rows of random tokens, the last four held out, and of as many pairs."""
     rng = np.random.default_rng(0)
     columns = {"held_out": np.arange(40) >= 36}
-    for side in sides:
-        lengths = rng.integers(4, 40, 40)
-        rows = [rng.integers(0, 256, length, np.int32) for length in lengths]
+    for side in ("", "chosen_", "rejected_"):
+        rows = [rng.integers(0, 256, rng.integers(4, 40), np.int32) for _ in range(40)]
         columns[side + "input_ids"] = rows
         columns[side + "loss_mask"] = [(row % 2).astype(np.uint8) for row in rows]
     al.write(al.Table.from_pydict(columns), path)
@@ -2513,30 +2432,27 @@ def sft_run(model, data, out, **changes):
     """The weights of a run in fp64, four steps an epoch, and those columns of its metrics that are always the same."""
     settings = dict(
         epochs=2, batch=9, max_tokens=128, lr=1e-3, warmup=0.25,
-        eval_every=4, save_every=1, keep=0,
-        dtype="float64", device="cpu")
+        eval_every=4, save_every=1, keep=0, dtype="float64", device="cpu")
     sft.train(sft.Config(str(model), data, str(out), **settings | changes))
     metrics = al.Table.from_jsonl(out / "metrics.jsonl")
     names = {"loss", "grad_norm", "lr", "tokens", "val_loss"}
-    weights = load_file(out / "model/model.safetensors")
-    return {name: metrics[name].to_numpy() for name in names} | weights
+    numbers = {name: metrics[name].to_numpy() for name in names}
+    return numbers | load_file(out / "model/model.safetensors")
 
 
-@pytest.mark.parametrize("loss, sides, layouts", [
-    ("sft", [""], [dict(dp=3), dict(tp=2), dict(dp=2, pp=2)]),
-    ("dpo", ["chosen_", "rejected_"], [dict(dp=2), dict(pp=2, tp=2)])])
-def test_every_layout_learns_what_one_process_does(
-        sft_model, tmp_path, loss, sides, layouts):
-    data = sft_rows(tmp_path / "rows.arrow", *sides)
+@pytest.mark.parametrize("loss, layouts", [
+    ("sft", [dict(dp=3), dict(tp=2), dict(dp=2, pp=2)]),
+    ("dpo", [dict(dp=2), dict(pp=2, tp=2)])])
+def test_every_layout_learns_what_one_process_does(tiny, tmp_path, loss, layouts):
+    data = sft_rows(tmp_path / "rows.arrow")
     before = Path(data).read_bytes()
-    want = sft_run(sft_model, data, tmp_path / "one", loss=loss)
+    want = sft_run(tiny, data, tmp_path / "one", loss=loss)
     for layout in layouts:
-        run = partial(sft_run, loss=loss, save_every=8, **layout)
-        world = math.prod(layout.values())
-        got, *_ = on_ranks(world, run, sft_model, data, tmp_path / str(layout))
-        for name in want:
-            np.testing.assert_allclose(
-                got[name], want[name], 1e-8, 1e-10, err_msg=f"{name} {layout}")
+        out = tmp_path / str(layout)
+        run = partial(sft_run, loss=loss, save_every=4, keep=1, **layout)
+        got, *_ = on_ranks(math.prod(layout.values()), run, tiny, data, out)
+        torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10, equal_nan=True)
+        assert [path.name for path in out.glob("step-*")] == ["step-000008"]
     assert Path(data).read_bytes() == before                    # DPO's reference stays in memory
     assert want["loss"][7] < want["loss"][0]
     assert np.isfinite(want["val_loss"]).nonzero()[0].tolist() == [3, 7]
@@ -2544,47 +2460,29 @@ def test_every_layout_learns_what_one_process_does(
     np.testing.assert_allclose(want["lr"], [5e-4, 1e-3, *5e-6 + 9.95e-4 * falling])
 
 
-def test_a_killed_run_goes_on_to_the_bit(sft_model, tmp_path):
-    data = sft_rows(tmp_path / "rows.arrow", "")
+def test_a_killed_run_goes_on_to_the_bit(tiny, tmp_path):
+    data = sft_rows(tmp_path / "rows.arrow")
     out = tmp_path / "killed"
-    want = sft_run(sft_model, data, tmp_path / "full")
-    fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=sft_run, args=(sft_model, data, out))
-    child.start()
-    until((out / "step-000003").exists, 60)
-    child.kill()
-    child.join()
+    want = sft_run(tiny, data, tmp_path / "full")
+    killed((out / "step-000003").exists, sft_run, tiny, data, out)
     with open(out / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 1.0}\n{"step": 8, "lo')         # in the middle of a line
     for gone in ([], range(5, 9), []):      # then from the end of an epoch on; and when there is nothing left to do
         for step in gone:
             shutil.rmtree(out / f"step-{step:06d}")
-        got = sft_run(sft_model, data, out, resume=True)
-        np.testing.assert_equal(got, want)
+        np.testing.assert_equal(sft_run(tiny, data, out, resume=True), want)
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     ends = json.loads((out / "model/generation_config.json").read_text())
     assert ends["eos_token_id"] == 258
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(
-        sft_model, tmp_path, monkeypatch):
-    values = iter([1.0] * 9 + [math.nan] * 9)
-
-    def loss(model, hidden, batch):
-        return 0 * hidden.sum(), {"loss": torch.tensor(next(values))}
-
-    monkeypatch.setattr(sft, "sft_loss", loss)
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tiny, tmp_path):
     torch.set_num_threads(2)
-    data = sft_rows(tmp_path / "rows.arrow", "")
-    with pytest.raises(FloatingPointError, match="nan .*step-0"):
-        sft_run(sft_model, data, tmp_path / "run", keep=1)
-    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "metrics.jsonl", "step-000004"]
+    data = sft_rows(tmp_path / "rows.arrow")
+    with pytest.raises(FloatingPointError, match="step 2: .*step-000001"):
+        sft_run(tiny, data, tmp_path / "run", lr=1e300, warmup=0)
+    assert sorted(os.listdir(tmp_path / "run")) == ["config.json", "metrics.jsonl", "step-000001"]
     assert torch.get_num_threads() == 1                         # other cores are left to other processes
-
-
-@pytest.mark.slow
-def test_sft_demo_learns_in_three_minutes():
-    subprocess.run([sys.executable, HERE / "sft.py"], check=True)
 
 
 # --- evaluate.py -----------------------------------------------------------------------------------------------------
@@ -2655,27 +2553,13 @@ def ev_graders(tmp_path, monkeypatch):
     small_ray.shutdown()
 
 
-@pytest.fixture
-def ev_main(ev_graders, one_thread, monkeypatch, capsys):
-    """The command line: its exit code, and what it prints."""
-    def main(words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *words.split()])
-        code = 0
-        try:
-            ev.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-    return main
-
-
 def test_grades_are_those_of_a_person_and_easy_ones_200_a_second(ev_graders):
     rows = [re.split("  +", line) for line in EV_GRADES.strip().splitlines()]
     for long in ("\\boxed{" * 50_000, "5+" * 50_000 + "5", "9" * 500):
         rows.append(["0", long, "9" * 499])
     grades = ev_graders.grade([(ev_boxed(answer), gold) for _, answer, gold in rows])
-    for (score, answer, gold), grade in zip(rows, grades):
-        assert grade.score == float(score), (answer[:60], gold, grade)
+    for (score, _, gold), grade in zip(rows, grades):
+        assert grade.score == float(score), (gold, grade)
         assert grade.verdict in ("right", "wrong", "unparsed")
     easy = [("\\boxed{5}", i) for i in range(900)] + [("\\boxed{y+x}", "x+y")] * 100
     start = time.perf_counter()
@@ -2687,8 +2571,8 @@ def test_grades_are_those_of_a_person_and_easy_ones_200_a_second(ev_graders):
 @pytest.mark.skipif(not EV_DATA.is_dir(), reason="../shared/data with MATH-500 and GSM8K is not there")
 def test_gold_answers_are_right_for_themselves_and_for_no_other(ev_graders):
     def right(answers, golds):
-        pairs = zip(map(ev_boxed, answers), golds)
-        return sum(grade.score for grade in ev_graders.grade([*pairs]))
+        grades = ev_graders.grade([*zip(map(ev_boxed, answers), golds)])
+        return sum(grade.score for grade in grades)
 
     for name, respelled, equal in (("math500", 490, 4), ("gsm8k_test", 1300, 0)):
         golds = [problem["answer"] for problem in ev.load_problems(f"{EV_DATA}/{name}.jsonl")]
@@ -2726,28 +2610,32 @@ def test_a_bad_answer_costs_its_deadline_and_nothing_else(ev_graders, monkeypatc
         assert grade.verdict == expected.get(grade.answer, "right"), grade
 
 
+# As in MATH-500, MATH, GSM8K and DeepMath; the answer is 5.
+EV_ROWS = r"""
+{"problem": "p", "solution": "\\boxed{7}", "answer": "5"}
+{"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"}
+{"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"}
+{"question": "p", "final_answer": "5", "x": "\\boxed{7}"}
+"""
+
+
 def test_rows_of_every_shape_are_problems(tmp_path, monkeypatch):
-    rows = [{"problem": "p", "solution": "\\boxed{7}", "answer": "5"},          # MATH-500
-            {"problem": "p", "solution": "so \\boxed{5}", "type": "Algebra"},   # MATH
-            {"question": "p", "answer": "2+3=<<2+3=5>>5\n#### 5"},              # GSM8K
-            {"question": "p", "final_answer": "5", "x": "\\boxed{7}"}]          # DeepMath
-    table = al.Table.from_pylist(rows)
-    table.to_jsonl(tmp_path / "rows.jsonl")
-    al.write(table, tmp_path / "rows.arrow")
-    pytest.importorskip("polars").DataFrame(rows).write_parquet(tmp_path / "rows.parquet")
-    assert ev.load_problems(str(tmp_path)) == [{"problem": "p", "answer": "5"}] * 12        # the folder
-    path = tmp_path / "mixed.jsonl"
+    path = tmp_path / "rows.jsonl"
+    path.write_text(EV_ROWS)
+    row = {"problem": "p", "answer": "5"}
+    assert ev.load_problems(str(path)) == [row] * 4
     path.write_text('\ufeff{"problem": "p", "answer": 5, "x": [1]}\n\n{"prompt": "q", "x": {}}')
-    assert [row["columns"]["x"] for row in ev.load_problems(str(path), columns=True)] == [[1], {}]
-    for what, line in (
-            ("answer", '{"problem": "p"}'), ("problem", '{"prompt": [5], "answer": 5}'), ("JSON", "{")):
-        path.write_text(f'{{"problem": "p", "answer": "1"}}\n\n{line}\n')
-        with pytest.raises(ValueError, match=f"mixed.jsonl, line 3: no.* {what}"):
+    mixed = ev.load_problems(str(path), columns=True)
+    assert [row["columns"]["x"] for row in mixed] == [[1], {}]
+    for line, what in (
+            ('{"problem": "p"}', "answer"), ('{"prompt": [5], "answer": 5}', "problem"), ("{", "JSON")):
+        write_jsonl(path, [row, "", line])
+        with pytest.raises(ValueError, match=f"rows.jsonl, line 3: no.* {what}"):
             ev.load_problems(str(path))
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *where, **more: asked.append(where) or rows)
+    monkeypatch.setattr("datasets.load_dataset", lambda *where, **_: asked.append(where) or [row])
     for name in ("math500", "gsm8k", "org/set"):
-        assert len(ev.load_problems(name)) == 4
+        assert ev.load_problems(name) == [row]
     assert asked == [("HuggingFaceH4/MATH-500",), ("openai/gsm8k", "main"), ("org/set",)]
 
 
@@ -2761,116 +2649,98 @@ def test_sums_are_right_and_held_out_ones_are_never_in_a_training_set():
         assert all(map(eval, row["solution"].replace("=", "==").split(", ")[:2]))
 
 
-# What the real chat templates make of our messages.
-EV_CALM = "<think>\n\n</think>\n\n"
-EV_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-EV_QWEN3 = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}{{
-'<think>\n\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{
-'<|im_start|>assistant\n' }}{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
-EV_SMOLLM2 = """{% if messages[0].role != 'system' %}{{
-'<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{%
-for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}{%
-if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(tmp_path):
+def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(tiny, words):
     ends = {256, 258}                                   # of a text, and of a turn
-    for template, before, after in ((EV_QWEN3, "", EV_CALM), (EV_SMOLLM2, EV_SYSTEM, "")):
-        P.tiny_model(tmp_path, hidden_size=32, num_hidden_layers=1, eos_token_id=256)
-        (tmp_path / "chat_template.jinja").write_text(template)
-        generator = ev.Generator(str(tmp_path))
-        tokenizer = generator.llm.tokenizer
-        [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], tokenizer)
+    generator = ev.Generator(tiny)
+    [samples] = generator.generate([[1, 2]], {"n": 100, "max_tokens": 50, "seed": 0})
+    last = set()
+    for sample in samples:
+        *middle, end = sample["token_ids"].tolist()
+        assert not ends.intersection(middle)
+        assert (sample["finish_reason"] == "stop") == (end in ends)
+        last.add(end)
+    assert ends < last
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    for template, before, after in (
+            (QWEN3_TEMPLATE, "", "<think>\n\n</think>\n\n"),
+            (SMOLLM2_TEMPLATE, f"<|im_start|>system\n{system}<|im_end|>\n", "")):
+        words.chat_template = template
+        [text], [prompt] = ev.chat_prompts([{"problem": "1+1=?"}], words)
         question = f"<|im_start|>user\n1+1=?\n{ev.INSTRUCTION}<|im_end|>\n"
-        assert text == f"{before}{question}<|im_start|>assistant\n{after}"
-        assert text == tokenizer.decode(prompt)
-        params = {"n": 100, "max_tokens": 50, "seed": 0}
-        [samples] = generator.generate([prompt], params)
-        last = set()
-        for sample in samples:
-            *middle, end = sample["token_ids"].tolist()
-            assert not ends.intersection(middle)
-            assert (sample["finish_reason"] == "stop") == (end in ends)
-            last.add(end)
-        assert ends < last
+        assert text == f"{before}{question}<|im_start|>assistant\n{after}" == words.decode(prompt)
+        assert E.end_of_turn(words) == 258
 
 
 EV_SAMPLES = """
-[1, "right", "1", "stop"]
-[0, "wrong", "3", "length"]
-[0, "wrong", "4", "stop"]
-[1, "right", "0.5", "stop"]
-[0, "unparsed", null, "stop"]
-[0, "wrong", "3", "stop"]
-[0, "unparsed", null, "length"]
-[0, "unparsed", null, "length"]
-[1, "right", "1", "stop"]
-[0, "wrong", "3", "stop"]
-[0, "wrong", "3.", "stop"]
-[1, "right", "5", "stop"]
+{"score": 1, "verdict": "right", "answer": "1", "finish_reason": "stop"}
+{"score": 0, "verdict": "wrong", "answer": "3", "finish_reason": "length"}
+{"score": 0, "verdict": "wrong", "answer": "4", "finish_reason": "stop"}
+{"score": 1, "verdict": "right", "answer": "0.5", "finish_reason": "stop"}
+{"score": 0, "verdict": "unparsed", "answer": null, "finish_reason": "stop"}
+{"score": 0, "verdict": "wrong", "answer": "3", "finish_reason": "stop"}
+{"score": 0, "verdict": "unparsed", "answer": null, "finish_reason": "length"}
+{"score": 0, "verdict": "unparsed", "answer": null, "finish_reason": "length"}
+{"score": 1, "verdict": "right", "answer": "1", "finish_reason": "stop"}
+{"score": 0, "verdict": "wrong", "answer": "3", "finish_reason": "stop"}
+{"score": 0, "verdict": "wrong", "answer": "3.", "finish_reason": "stop"}
+{"score": 1, "verdict": "right", "answer": "5", "finish_reason": "stop"}
 """
 
 
 def test_scores_are_what_their_names_say():
     rows = []
     for i, line in enumerate(EV_SAMPLES.strip().splitlines()):      # four of each problem
-        row = zip(("score", "verdict", "answer", "finish_reason"), json.loads(line))
-        rows.append(dict(row, number=i // 4, tokens=10 * i))
+        rows.append(json.loads(line) | {"number": i // 4, "tokens": 10 * i})
     found = ev.summarize(rows[::-1])
-    means = {"pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3, "maj@4": 1 / 2,
-             "truncated": 1 / 4, "unparsed": 1 / 12, "tokens": 55}
+    means = {
+        "pass@1": 1 / 3, "mean@4": 1 / 3, "pass@2": 5 / 9, "pass@4": 2 / 3,
+        "maj@4": 1 / 2, "truncated": 1 / 4, "unparsed": 1 / 12, "tokens": 55}
     assert {name: mean for name, (mean, _) in found.items()} == pytest.approx(means)
     assert found["pass@1"][1] == pytest.approx(np.std([0.5, 0, 0.5], ddof=1) / 3**0.5)
     better = [row | {"score": max(row["score"], row["number"] // 2)} for row in rows]
-    mean, error = ev.compare(rows, better)["pass@1"]
     assert "33.3 ± 16.7" in ev.report({"a": rows, "b": better})
-    assert mean == pytest.approx(1 / 6)
-    assert error == pytest.approx(np.std([0, 0, 0.5], ddof=1) / 3**0.5)
+    error = np.std([0, 0, 0.5], ddof=1) / 3**0.5
+    assert ev.compare(rows, better)["pass@1"] == pytest.approx((1 / 6, error))
 
 
 EV_MISTAKES = """
---out new --n 0 --data sums.jsonl --model a         n = 0
---out new --data nowhere.jsonl                      nowhere
---out new --data sums.jsonl --model nowhere         nowhere
---temprature 0                                      --temperature
---limit x                                           limit
-{}                                                  --resume
-{} --resume --limit 2                               a.arrow
-{} --resume --limit 2 --n 5                         a.arrow
-{} --resume --temperature 1                         a.arrow
-{} --resume --data others.jsonl                     a.arrow
-show nowhere.arrow                                  nowhere
-arithmetic --out sums.jsonl                         sums.jsonl
+evaluate.py --out new --n 0 --data sums.jsonl --model a     n = 0
+evaluate.py --out new --data nowhere.jsonl                  nowhere
+evaluate.py --out new --data sums.jsonl --model nowhere     nowhere
+evaluate.py --temprature 0                                  --temperature
+evaluate.py --limit x                                       limit
+{again}                                                     --resume
+{again} --resume --limit 2                                  a.arrow
+{again} --resume --limit 2 --n 5                            a.arrow
+{again} --resume --temperature 1                            a.arrow
+{again} --resume --data others.jsonl                        a.arrow
+evaluate.py show nowhere.arrow                              nowhere
+evaluate.py arithmetic --out sums.jsonl                     sums.jsonl
 """
 
 
-def test_models_are_evaluated_side_by_side_and_samples_that_fit_are_kept(ev_main):
+def test_models_are_evaluated_side_by_side_and_samples_that_fit_are_kept(ev_graders):
     for model in "ab":
         P.tiny_model(model, hidden_size=32, num_hidden_layers=1)        # the same weights
-    assert ev_main("arithmetic --n 5 --held-out --out sums.jsonl")[0] == 0
-    assert ev_main("arithmetic --n 5 --seed 1 --out others.jsonl")[0] == 0
-    command = "--data sums.jsonl --n 2 --max_tokens 8 --out out --model a"
-    assert ev_main(command)[0] == 0
+    command = "evaluate.py --data sums.jsonl --n 2 --max_tokens 8 --out out --model a"
+    for line in (
+            "evaluate.py arithmetic --n 5 --held-out --out sums.jsonl",
+            "evaluate.py arithmetic --n 5 --seed 1 --out others.jsonl",
+            command):
+        assert program(line)[0] == 0
     small_ray.shutdown()
     small_ray.init(num_cpus=2, num_gpus=2)                              # two engines
-    code, out, _ = ev_main(f"{command} b --resume")
-    assert code == 0 and "a: the samples in out/a.arrow are kept" in out and "b - a" in out
+    code, said, _ = program(command + " b --resume")
+    assert code == 0
+    assert "a: the samples in out/a.arrow are kept" in said and "b - a" in said
     alone, shared = (al.read(f"out/{model}.arrow").to_pylist() for model in "ab")
     assert alone == [row | {"model": "a"} for row in shared]
     scores = json.loads(Path("out/scores.json").read_text())
     assert scores["b"]["pass@1"] == list(ev.summarize(shared)["pass@1"])
-    shown = ev_main("show out/b.arrow --verdict unparsed")[1].count("gold: ")
-    assert shown == [row["verdict"] for row in shared].count("unparsed")
-    for line in EV_MISTAKES.strip().splitlines():
-        words, noun = re.split("  +", line)
-        code, _, err = ev_main(words.format(command))
-        assert code == 2 and noun in err and err.count("\n") == 1, (words, err)
+    _, said, _ = program("evaluate.py show out/b.arrow --verdict unparsed")
+    assert said.count("gold: ") == [row["verdict"] for row in shared].count("unparsed")
+    check_mistakes(EV_MISTAKES, again=command)
     assert not Path("new").exists()
-
-
-def test_demo_of_evaluate_shows_a_right_and_a_wrong_sample(ev_main):
-    code, out, _ = ev_main("")
-    assert code == 0 and re.search(r"(?s)pass@1.*right: .*gold.*wrong: .*gold", out)
 
 
 # --- ppo.py ----------------------------------------------------------------------------------------------------------
@@ -2883,53 +2753,44 @@ def noise(seed, n=21):
     return torch.randn(n, generator=generator, dtype=torch.float64) / 2
 
 
-def same(x, want):
-    torch.testing.assert_close(x, torch.as_tensor(want), rtol=0, atol=1e-12)
+same = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind, samples", [
     ("gae", 1), ("grpo", 2), ("rloo", 4), ("reinforce++", 1), ("reinforce++", 2)])
 def test_advantages_are_the_formulas_of_their_papers(kind, samples):
-    slots = np.arange(9)
-    present = slots < LENGTHS.numpy()[:, None]                  # [rows, slots]
-
-    def padded(x):
-        values = np.zeros(present.shape)
-        values[present] = x
-        return values
-
+    row = torch.arange(4).repeat_interleave(LENGTHS)            # [actions]
+    slots = torch.arange(21).double()
+    ahead = slots - slots[:, None]                              # [actions, actions] how far one is ahead of another
+    ahead = ahead.where(row == row[:, None], -1)                # of its row
+    later = (ahead >= 0).double()
+    values = noise(7)
     batch = {
-        "lengths": LENGTHS, "score": noise(4, 4),
-        "prox": noise(5), "reference": noise(6), "values": noise(7)}
+        "lengths": LENGTHS, "score": noise(4, 4), "prox": noise(5), "reference": noise(6),
+        "values": values}
     for gamma, lam, kl in itertools.product([1, 0.9, 0], [1, 0.7, 0], ["none", "k1"]):
         ppo.estimate(batch, ppo.Config(
             advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
-            max_response=9, overlong_buffer=4))
-        cost = 0.3 * (kl == "k1")
-        rewards = padded(-cost * (batch["prox"] - batch["reference"]))
-        late = np.clip((LENGTHS - 5) / 4, 0, 1)
-        rewards[range(4), LENGTHS - 1] += batch["score"].numpy() - late.numpy()
-        sums = rewards.sum(1)
-        groups = sums.reshape(-1, samples).repeat(samples, axis=0)
-        mean = groups.mean(1)
+            max_response=9, overlong_buffer=4 if kl == "k1" else 0))
+        rewards = torch.zeros(21).double()
+        rewards[LENGTHS.cumsum(0) - 1] = batch["score"]
+        if kl == "k1":
+            rewards -= 0.3 * (batch["prox"] - batch["reference"])
+            rewards[LENGTHS.cumsum(0) - 1] -= ((LENGTHS - 5) / 4).clamp(0, 1)
+        group = torch.segment_reduce(rewards, "sum", lengths=LENGTHS).view(-1, samples)
+        mean = group.mean(1, keepdim=True)
         if kind == "gae":                                       # the double sum over later errors
-            values = padded(batch["values"])
-            errors = rewards + gamma * np.pad(values[:, 1:], [(0, 0), (0, 1)]) - values
-            later = slots[:, None] - slots
-            want = errors @ np.tril((gamma * lam) ** later.clip(0))
+            errors = rewards + gamma * (ahead == 1).double() @ values - values
+            want = later * (gamma * lam) ** ahead.clamp(0) @ errors
+            same(batch["returns"] - values, want)
         if kind == "grpo":
-            want = (sums - mean) / (groups.std(1, ddof=1) + 1e-6)
+            want = ((group - mean) / (group.std(1, keepdim=True) + 1e-6)).flatten()[row]
         if kind == "rloo":
-            want = sums - (groups.sum(1) - sums) / (samples - 1)
+            want = (group - (mean * samples - group) / (samples - 1)).flatten()[row]
         if kind == "reinforce++":
-            want = rewards @ np.tril(np.ones((9, 9))) - (mean * (samples > 1))[:, None]
-        if kind in ("grpo", "rloo"):
-            want = want[:, None].repeat(9, axis=1)
-        want = want[present]
-        if kind == "gae":
-            same(batch["returns"] - batch["values"], want)
+            want = later @ rewards - mean.repeat(1, samples).flatten()[row] * (samples > 1)
         if kind in ("gae", "reinforce++"):
-            want = (want - want.mean()) / np.sqrt(want.var() + 1e-8)
+            want = (want - want.mean()) / (want.var(correction=0) + 1e-8).sqrt()
         same(batch["advantages"], want)
 
 
@@ -2942,7 +2803,7 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
 def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
     c = ppo.Config(**{"clip_high": 0.2, "kl_coef": 0.2} | setting)
     prox, mu, reference, advantages = map(noise, range(4))
-    part = {"prox": prox, "mu": mu, "reference": reference, "advantages": advantages}
+    part = dict(prox=prox, mu=mu, reference=reference, advantages=advantages)
     pi = noise(7).requires_grad_()
     losses, _ = ppo.policy_loss(pi, noise(8), part, c)
     ratio = torch.exp(pi - prox)
@@ -2962,12 +2823,18 @@ def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
 def test_losses_are_weighed_as_the_settings_say():
     lengths = torch.tensor([3, 1])
     assert ppo.loss_weights(lengths, "token-mean").tolist() == [1 / 4] * 4
-    each = ppo.loss_weights(lengths, "seq-mean-token-mean")
-    assert each.tolist() == [1 / 6] * 3 + [1 / 2]
-    assert ppo.overlong_penalty(torch.tensor([1, 100]), 100, 0).eq(0).all()
+    assert ppo.loss_weights(lengths, "seq-mean-token-mean").tolist() == [1 / 6] * 3 + [1 / 2]
 
 
 # Runs: through `pp_local` calls happen at once, in this process; through actors in others.
+
+class PpActor:
+    def __init__(self, kind, *args):
+        self.one = kind(*args)
+
+    def __getattr__(self, name):
+        return mock.Mock(remote=getattr(self.one, name))
+
 
 class PpLocal:
     def __getattr__(self, name):                            # init, shutdown, put, get
@@ -2977,20 +2844,14 @@ class PpLocal:
         return refs, []
 
     def remote(self, kind):
-        def make(*args):
-            one = kind(*args)
-            methods = [name for name in dir(one) if name[0] != "_"]
-            return mock.Mock(**{f"{name}.remote": getattr(one, name) for name in methods})
-        return mock.Mock(**{"options.return_value.remote": make})
+        return mock.Mock(**{"options.return_value.remote": partial(PpActor, kind)})
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory):
-    """A small random model whose distributions are far from uniform, twenty problems, and rewards."""
+def task(tmp_path_factory, tiny):
+    """Twenty problems, and rewards."""
     folder = tmp_path_factory.mktemp("task")
-    P.tiny_model(
-        folder / "model", 1, vocab_size=264, hidden_size=64,
-        num_hidden_layers=2, initializer_range=0.2)
+    shutil.copytree(tiny, folder / "model")
     rows = [{"problem": f"{i}+1=", "answer": str(i + 1), "weight": i} for i in range(20)]
     write_jsonl(folder / "problems.jsonl", rows)
     (folder / "beside.py").write_text("def half(x): return x / 2")
@@ -3003,9 +2864,9 @@ def throws(response, row): return 1 / (row["weight"] - 3)
 def nan(response, row): return float("nan")
 """)
     cloudpickle.register_pickle_by_value(ppo)               # as that of a program: judges need no torch
-    with mock.patch.dict(sys.modules, pp_local=PpLocal()):
-        with mock.patch.object(sft, "curves"):              # which take longer than the runs
-            yield folder
+    curves = mock.patch.object(sft, "curves")               # which take longer than the runs
+    with mock.patch.dict(sys.modules, pp_local=PpLocal()), curves:
+        yield folder
 
 
 def pp_run(task, out, reward="low", **changes):
@@ -3034,17 +2895,15 @@ def pp_outcome(out):
 
 
 @pytest.mark.parametrize("advantage", ["gae", "grpo", "rloo", "reinforce++"])
-def test_a_bandit_is_learned(task, sft_model, tmp_path, advantage):
+def test_a_bandit_is_learned(task, tmp_path, advantage):
     ppo.train(pp_run(
-        task, tmp_path, model=str(sft_model), advantage=advantage, samples=8, steps=12,
-        lr=1e-2, critic_lr=1e-2, temperature=1.0))
+        task, tmp_path, advantage=advantage, samples=8, steps=8, lr=1e-2, critic_lr=1e-2))
     rewards = pp_column(tmp_path, "reward")
-    assert rewards[0] < 0.35 and rewards[-1] > rewards[0] + 0.25, rewards
+    assert rewards[-1] > rewards[0] + 0.5
 
 
 @pytest.mark.parametrize("world, changes", [
-    (1, dict(micro_tokens=1)),                              # rows alone
-    (4, {}),                                                # some ranks have no row
+    (4, dict(micro_tokens=1)),                              # rows alone; some ranks have none
     (8, dict(tp=2, pp=2)),
     pytest.param(1, dict(runtime="ray"), marks=pytest.mark.slow),
     pytest.param(
@@ -3061,12 +2920,14 @@ def test_any_layout_and_runtime_makes_what_one_process_makes(
     else:
         on_ranks(world, ppo.train, c)
     for ours, theirs in zip(pp_lines(one.out), pp_lines(c.out), strict=True):
-        assert ours["policy_norm"] > 0 and ours == pytest.approx(theirs, abs=1e-9)
+        assert ours["policy_norm"] > 0
+        assert ours == pytest.approx(theirs, abs=1e-9)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact, staleness, measured", [
+    (True, 0, [0]), (True, 1, [0, 0, 1]), (False, 0, [0, 1, 2])])
 def test_where_the_engine_is_exact_current_batches_are_measured_once(
-        task, tmp_path, monkeypatch, exact):
+        task, tmp_path, monkeypatch, exact, staleness, measured):
     measure = ppo.measure
     calls = []
 
@@ -3075,10 +2936,9 @@ def test_where_the_engine_is_exact_current_batches_are_measured_once(
         return batch["mu"].clone() if exact else measure(model, batch, c)
 
     monkeypatch.setattr(ppo, "measure", spied)
-    ppo.train(pp_run(task, tmp_path / "now", advantage="rloo"))
-    ppo.train(pp_run(task, tmp_path / "late", advantage="rloo", staleness=1))
-    assert calls == ([0] if exact else [0, 1, 2]) + [0, 0, 1]
-    kl = pp_column(tmp_path / "now", "mismatch_kl")
+    ppo.train(pp_run(task, tmp_path, advantage="rloo", staleness=staleness))
+    assert calls == measured
+    kl = pp_column(tmp_path, "mismatch_kl")
     assert kl == [0.0] * 3 if exact else 0 < max(kl) < 1e-9         # engine and trainer agree, but for rounding
 
 
@@ -3091,10 +2951,9 @@ def test_batches_lag_by_the_staleness_and_a_broken_run_goes_on_as_if_it_had_not_
             raise KeyboardInterrupt
         return learn(r, batch, step)
 
-    settings = dict(
-        staleness=2, steps=6, save_every=2, keep=1, held_out=10, eval_every=2)
     run = tmp_path / "run"
     whole = tmp_path / "whole"
+    settings = dict(staleness=2, steps=6, save_every=2, keep=1, held_out=10, eval_every=2)
     scores = ppo.train(pp_run(task, whole, **settings))
     monkeypatch.setattr(ppo, "learn", broken)
     with pytest.raises(KeyboardInterrupt):
@@ -3164,16 +3023,15 @@ def test_nobody_outlives_a_killed_driver_and_resume_goes_on_to_the_bit(
         command = f"grep -lsz OUT={tmp_path}$ /proc/[0-9]*/environ"
         return subprocess.run(command, shell=True, capture_output=True, env={}).stdout
 
+    def far(step):
+        return family() and (tmp_path / f"run/checkpoints/policy/step-00000{step}").exists()
+
     settings = dict(
         runtime="actors", save_every=1, steps=4, generators=2, graders=1, staleness=1)
     ppo.train(pp_run(task, tmp_path / "calm", **settings))
     c = pp_run(task, tmp_path / "run", resume=True, **settings)
     for step in (1, 3):
-        child = multiprocessing.get_context("fork").Process(target=ppo.train, args=(c,))
-        child.start()
-        until((tmp_path / f"run/checkpoints/policy/step-00000{step}").exists, 120)
-        assert family()
-        child.kill()
+        killed(partial(far, step), ppo.train, c)
         until(lambda: not family())
     ppo.train(c)
     assert pp_outcome(c.out) == pp_outcome(tmp_path / "calm")
@@ -3182,80 +3040,92 @@ def test_nobody_outlives_a_killed_driver_and_resume_goes_on_to_the_bit(
 @gpu
 def test_on_a_gpu_the_engine_draws_from_what_the_trainer_computes_to_the_bit(
         task, tmp_path):
-    model = tmp_path / "model"
-    P.tiny_model(model, hidden_size=256, head_dim=64)
-    c = pp_run(
-        task, tmp_path / "run", model=str(model), runtime="actors", graders=1,
-        batch=16, samples=8, max_response=200, device=None)
-    ppo.train(c)
-    assert pp_column(c.out, "mismatch_kl") == [0.0] * 3
+    model = P.tiny_model(tmp_path / "model", hidden_size=256, head_dim=64)
+    ppo.train(pp_run(
+        task, tmp_path, model=str(model), runtime="actors", graders=1, batch=16,
+        samples=8, max_response=200, device=None))
+    assert pp_column(tmp_path, "mismatch_kl") == [0.0] * 3
 
 
 # --- the house -------------------------------------------------------------------------------------------------------
 
-# What is started, with which flags; and a word of what is said.
+# What is started, with which flags; and what is said.
 MISTAKES = r"""
-parallel.py --oops                                          --oops
-engine.py --oops                                            --oops
-evaluate.py --oops                                          --oops
-prepare --data nope.jsonl                                   nope.jsonl
-prepare --data raw.arrow --out rows.arrow                   rows.arrow
-sft --data raw.arrow                                        input_ids
-sft --data far.arrow                                        prepare
-sft --data nope.arrow                                       nope.arrow
-sft --loss dpo                                              chosen_input_ids
-sft --max_tokens 20                                         20
-sft --batch 0                                               --batch
-sft --lr 1e-6                                               --min_lr
-sft --warmup 5                                              --warmup
-sft --tp 3                                                  tp
-sft --model nowhere                                         nowhere
-sft --sedd 1                                                --seed
-sft --dtype half                                            bfloat16
-sft --out taken                                             --resume
-sft --out model --resume                                    --out
-ppo --model=                                                --model
-ppo --data nope.jsonl                                       nope.jsonl
-ppo --batch 30                                              --batch
-ppo --max_prompt 5                                          problems
-ppo --max_response 5000                                     4096
-ppo --advantage grpo --samples 1                            --samples
-ppo --temperature 0                                         --temperature
-ppo --steps 0                                               --steps
-ppo --reward nope.py:f                                      nope.py
-ppo --reward reward.py:f                                    f(response
-ppo --tp 2                                                  tp
-ppo --out taken                                             --out
-ppo --dtype half                                            bfloat16
+parallel.py --oops                              --oops
+parallel.py --device cuda                       no GPU
+engine.py --oops                                --oops
+engine.py --model nowhere 2+2?                  nowhere
+evaluate.py --oops                              --oops
+{prepare} --data nope.jsonl                     nope.jsonl
+{prepare} --data raw.arrow --out rows.arrow     rows.arrow
+{sft} --data raw.arrow                          input_ids
+{sft} --data far.arrow                          prepare
+{sft} --data nope.arrow                         nope.arrow
+{sft} --loss dpo --data far.arrow               chosen_input_ids
+{sft} --max_tokens 20                           20
+{sft} --batch 0                                 --batch
+{sft} --lr 1e-6                                 --min_lr
+{sft} --warmup 5                                --warmup
+{sft} --tp 3                                    tp
+{sft} --model nowhere                           nowhere
+{sft} --sedd 1                                  did you mean --seed?
+{sft} --recomp                                  no --recomp;
+{sft} --device cuda                             no GPU
+{sft} --dtype half                              bfloat16
+{sft} --out taken                               --resume
+{sft} --out model --resume                      --out
+{ppo} --model=                                  --model
+{ppo} --data nope.jsonl                         nope.jsonl
+{ppo} --batch 30                                --batch
+{ppo} --max_prompt 5                            problems
+{ppo} --max_response 5000                       4096
+{ppo} --advantage grpo --samples 1              --samples
+{ppo} --temperature 0                           --temperature
+{ppo} --steps 0                                 --steps
+{ppo} --reward nope.py:f                        nope.py
+{ppo} --reward reward.py:f                      f(response
+{ppo} --tp 2                                    tp
+{ppo} --device cuda                             no GPU
+{ppo} --out taken                               --out
+{ppo} --dtype half                              bfloat16
 """
 
 
 def test_mistakes_are_one_line_and_leave_nothing(
-        sft_model, tmp_path, monkeypatch, capsys):
+        tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(sft_model, "model")
-    sft_rows("rows.arrow", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    shutil.copytree(tiny, "model")
+    sft_rows("rows.arrow")
     sft.claim(sft.Config(out="taken"))
     al.write(al.Table.from_pylist([{"prompt": "a"}]), "raw.arrow")
     far = {"held_out": False, "input_ids": [1, 999], "loss_mask": [0, 1]}
     al.write(al.Table.from_pylist([far]), "far.arrow")
-    write_jsonl(Path("sums.jsonl"), [{"problem": "1+1=", "answer": "2"}] * 20)
+    program("evaluate.py arithmetic --n 20 --out sums.jsonl")
     Path("reward.py").touch()
     before = sorted(tmp_path.rglob("*"))
-    programs = {
-        "prepare": "sft.py prepare --model model",
-        "sft": "sft.py --model model --data rows.arrow --device cpu",
-        "ppo": "ppo.py --model model --data sums.jsonl --batch 4 --out run --device cpu"}
-    for line in MISTAKES.split("\n")[1:-1]:
-        program, *flags, word = line.split()
-        argv = [*programs.get(program, program).split(), *flags]
-        monkeypatch.setattr(sys, "argv", argv)
-        with pytest.raises(SystemExit, match="2"), P.mistakes():
-            sys.modules[argv[0].removesuffix(".py")].main()
-        said = capsys.readouterr().err
-        assert said.startswith(argv[0] + ": error: ") and word in said, line
-        assert said.count("\n") == 1, line
+    check_mistakes(
+        MISTAKES, prepare="sft.py prepare --model model",
+        sft="sft.py --model model --data rows.arrow --device cpu",
+        ppo="ppo.py --model model --data sums.jsonl --batch 4 --out run --device cpu")
     assert sorted(tmp_path.rglob("*")) == before
+    told = ValueError("an actor's traceback")
+    told.cause = ValueError("no\nsuch")
+    with pytest.raises(SystemExit), P.mistakes():
+        raise told
+    assert capsys.readouterr().err.endswith(": error: no such\n")
+
+
+@pytest.mark.parametrize("line, says", [
+    ("parallel.py --help", "stages of the pipeline .default: 1"),
+    ("parallel.py --device cpu", "one process: 0.0e.00"),
+    ("engine.py", "the same tokens"),
+    ("evaluate.py", "pass@1.*right: .*gold.*wrong: .*gold")])
+def test_help_shows_the_comments_and_demos_what_they_claim(line, says):
+    code, said, _ = program(line)
+    small_ray.shutdown()
+    assert code == 0
+    assert re.search(says, " ".join(said.split()))
 
 
 def run_sh(*words):
@@ -3270,50 +3140,68 @@ def test_run_sh_takes_a_model_through_every_stage_and_does_nothing_twice(tmp_pat
     words = [f"OUT={tmp_path}", "GPUS=3", "TP=2", "SFT_STEPS=6", "PPO_STEPS=2",
              "PPO_FLAGS=--batch 16 --eval_every 99", "EVAL_FLAGS=--limit 8 --n 2"]
     done = run_sh(*words)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    for made in (
-            "sft/curves.png", "ppo/curves.png", "ppo/rollouts/000001.arrow", "scores/scores.json"):
-        assert (tmp_path / made).stat().st_size > 0, made
+    assert done.returncode == 0, done.stderr[-3000:]
+    for made in ("sft/curves.png", "ppo/curves.png", "ppo/rollouts/000001.arrow", "scores/scores.json"):
+        assert (tmp_path / made).stat().st_size > 0
     config = json.loads((tmp_path / "ppo" / "config.json").read_text())
-    assert config["tp"] == 2 and config["generators"] == 1
+    assert config["tp"] == 2
+    assert config["generators"] == 1
     weights = tmp_path / "ppo" / "model" / "model.safetensors"
     before = weights.stat().st_mtime_ns
     assert "ppo/model is there" in run_sh("ppo", *words).stdout
     assert weights.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("words, says", [
-    ("model OUT MODEL=some/thing", "hf download some/thing --local-dir"),
-    ("data OUT MODEL=base SFT_DATA=some/thing", "hf download some/thing --repo-type dataset"),
-    ("sft OUT MODEL=base", "'data' first"),
-    ("ppo OUT MODEL=base", "'sft' first"),
-    ("model OUT RL_DATA=x", "say MODEL="),
-    ("model OUT GPUS=0", "GPUS at least 1"),
-    ("model OUT GPUS=3 TP=2 PP=2", "TP=2 x PP=2"),
-    ("model OUT DEVICE=tpu", "got tpu"),
-    ("model GPU=1", "no setting GPU"),
-    ("sft ppo", "one stage at a time"),
-    ("frobnicate", "no stage 'frobnicate'")])
-def test_run_sh_says_what_to_download_and_what_cannot_be(tmp_path, words, says):
-    refused = run_sh(*words.replace("OUT", f"OUT={tmp_path}").split())
-    assert refused.returncode == 2 and says in refused.stderr
-    assert "Traceback" not in refused.stderr
+RUN_SH_MISTAKES = """
+model MODEL=some/thing                  hf download some/thing --local-dir
+data MODEL=base SFT_DATA=some/thing     hf download some/thing --repo-type dataset
+sft MODEL=base                          'data' first
+ppo MODEL=base                          'sft' first
+model RL_DATA=x                         say MODEL=
+model GPUS=0                            GPUS at least 1
+model GPUS=3 TP=2 PP=2                  TP=2 x PP=2
+model DEVICE=tpu                        got tpu
+model GPU=1                             no setting GPU
+sft ppo                                 one stage at a time
+frobnicate                              no stage 'frobnicate'
+"""
+
+
+def test_run_sh_says_what_to_download_and_what_cannot_be(tmp_path):
+    for line in RUN_SH_MISTAKES.strip().splitlines():
+        words, says = re.split("  +", line)
+        refused = run_sh(f"OUT={tmp_path}", *words.split())
+        assert refused.returncode == 2 and says in refused.stderr, line
+        assert "Traceback" not in refused.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("files", [
-    "arrowlite", "actors", "kernels", "parallel kernels", "engine parallel kernels"])
+    "arrowlite", "actors", "kernels", "parallel kernels", "engine parallel kernels",
+    "evaluate arrowlite actors engine parallel kernels",
+    "sft evaluate arrowlite actors engine parallel kernels",
+    "ppo sft evaluate arrowlite actors engine parallel kernels"])
 def test_files_that_are_taken_along_run_their_demo_elsewhere(tmp_path, monkeypatch, files):
     monkeypatch.delenv("PYTHONPATH", raising=False)
     names = [f"{name}.py" for name in files.split()]
     for name in names:
         shutil.copy(HERE / name, tmp_path)
-    subprocess.run([sys.executable, names[0]], cwd=tmp_path, timeout=300, check=True)
+    subprocess.run([sys.executable, names[0]], cwd=tmp_path, check=True)
 
 
 def test_arrowlite_needs_nothing_but_numpy():
-    code = ("import sys; before = {*sys.modules}; import arrowlite; "
-            "print(*{name.partition('.')[0] for name in {*sys.modules} - before})")
+    code = "import sys; before = {*sys.modules}; import arrowlite; print(*{*sys.modules} - before)"
     printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE)
-    others = {*printed.split()} - sys.stdlib_module_names
+    others = {name.partition(".")[0] for name in printed.split()} - sys.stdlib_module_names
     assert {name for name in others if name[0] != "_"} == {"arrowlite", "numpy"}
+
+
+@gpu
+def test_speeds_are_85_percent_of_those_in_the_readme_at_least():
+    """On an H200: tokens/s of 256 requests, exact, and MFU in percent."""
+    for file, pattern, readme in (
+            ("engine.py", r"256 requests .* (\S+)", 23_600),
+            ("parallel.py", r"mfu=([\d.]+)", 46.6)):
+        said = subprocess.check_output([sys.executable, file, "--bench"], cwd=HERE, text=True)
+        speeds = [float(x.replace(",", "")) for x in re.findall(pattern, said)]
+        assert max(speeds) > 0.85 * readme
