@@ -76,7 +76,7 @@ class Type:
     codes: tuple = ()               # what a file has for the values: (type of the indices, number of the dictionary)
     def __post_init__(self):
         code = DTYPES[self.name]
-        self.is_plain = code == self.name
+        self.is_plain = code == self.name   # numbers and bool: numpy's name is ours
         self.is_sized = self.name.startswith("fixed_size_")
         self.fields = [Field(name, as_type(kind), *rest) for name, kind, *rest in self.fields]
         self.names = [field.name for field in self.fields]
@@ -222,7 +222,7 @@ class Array:
             rows = np.fromiter(self.spans(self.children[0].to_numpy()), object, self.length)
         else:
             rows = np.fromiter(self.to_pylist(), object, self.length)
-        rows[~self.flags()] = None
+        rows[~self.flags()] = None          # NaN, NaT or None
         return rows
 def offsets_of(lengths, kind):              # lengths [rows] -> offsets [rows + 1]
     offsets = np.zeros(len(lengths) + 1, int)
@@ -372,7 +372,7 @@ class Column:
     says which of those are its own, in which order. Selecting changes `rows`, the chunks stay where they are."""
     def __init__(self, type, chunks, starts=None, rows=None):
         self.type = type
-        self.chunk = chunks if starts else chunks.__getitem__       # a list, or a function that makes one of its number
+        self.chunk = chunks if starts else chunks.__getitem__       # a list, or with starts a function: number -> chunk
         self.starts = starts or [0, *accumulate(chunk.length for chunk in chunks)]
         self.rows = range(self.starts[-1]) if rows is None else rows
     def __len__(self):
@@ -515,7 +515,8 @@ class Table(Column):
     def from_pylist(cls, rows, schema=None):
         """A name that a row lacks is null there."""
         rows = list(rows)
-        return cls.from_pydict(transpose(rows, chain(*rows)), schema)
+        names = Schema(schema).names if schema else ()
+        return cls.from_pydict(transpose(rows, chain(names, *rows)), schema)
     @classmethod
     def from_jsonl(cls, path, schema=None):
         """One JSON object a line."""
@@ -598,7 +599,7 @@ FIELD = "sBBTTV"                # name, nullable, type's number, type, dictionar
 ENCODING = "qT"                 # a dictionary's number, the type of its indices
 DICTIONARY_BATCH = "qTB"        # number, record batch, whether it is added to what there is
 RECORD_BATCH = "q22T1"          # rows, (rows, nulls) an array, (start, length) a buffer, compression, buffers of views
-FOOTER = "hT33"                 # version, schema, (start, size of metadata, of body) a dictionary, and a record batch
+FOOTER = "hT33"                 # version, schema, (start, sizes of metadata, of body) of each dictionary, each batch
 TYPES = {
     "int": "iB",                # bits, whether it is signed
     "float": "h",               # half, single, double
@@ -608,8 +609,7 @@ TYPES = {
     "fixed_size_binary": "i",
     "fixed_size_list": "i",
 }
-# References count from where they stand, so a table is put together from the bytes of what it refers to. These begin
-# with 4: from there to what they are.
+# References count from where they stand. Each piece of bytes begins with one, 4, to what it is, and takes in others.
 def items(rows):                            # a string of bytes, or a vector of structs from an array
     return struct.pack("<II", 4, len(rows)) + bytes(rows) + b"\0"
 def vector(*tables):

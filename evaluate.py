@@ -56,7 +56,7 @@ def boxes(text):
             opened.append(mark.end() if mark[1] else 0)
         elif mark[3] and opened:
             start = opened.pop()
-            if start > last:
+            if start > last:        # else a box stood in it
                 found.append(text[start:mark.start()].strip())
                 last = start
     return [answer for answer in found if answer]
@@ -73,7 +73,7 @@ def tidy(answer):
     return re.sub(r"(?<=\d)\\[,!: ](?=\d{3})", "", answer)
 
 def quick(answer, gold):
-    """The verdict where it takes no sympy, else None, as for close numbers: math-verify rounds (0.333333 is 1/3)."""
+    """The verdict where it takes no sympy. Else None, also of close numbers: math-verify rounds (0.333333 is 1/3)."""
     a = tidy(answer)
     b = tidy(gold)
     if a == b:
@@ -198,9 +198,9 @@ def load_problems(data, split="test", columns=False):
     return problems
 
 def text_of(row, *names):
-    """The first of these columns that holds a text or a number: not a list of messages."""
-    texts = (str(row[name]).strip() for name in names if isinstance(row.get(name), (str, int, float)))
-    return next(texts, "")
+    """The first of these columns that holds a text or a number: not a list of messages, nor nothing."""
+    texts = [str(x).strip() for x in map(row.get, names) if isinstance(x, str | int | float)]
+    return next(filter(None, texts), "")
 
 def chat_messages(problem):
     return [{"role": "user", "content": f"{problem}\n{INSTRUCTION}"}]
@@ -227,7 +227,7 @@ def arithmetic(n, seed=0, held_out=False, boxed=1.0):
 
 # --- scores: a mean is worth as much as its error --------------------------------------------------------------------
 def mean_and_error(values):
-    """Of one value a problem, as samples of a problem resemble each other (clustered errors, arXiv 2411.00640)."""
+    """`values` are one a problem, as samples of a problem resemble each other (clustered errors, arXiv 2411.00640)."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return values.mean(), error
 
@@ -240,10 +240,10 @@ def majority(samples):
     """The score of the answer that most samples give, right ones being the same; if several lead, of one by lot."""
     votes = collections.Counter(x["score"] or tidy(x["answer"]) for x in samples if x["answer"] is not None)
     leaders = [answer for answer in votes if votes[answer] == max(votes.values())]
-    return (1.0 in leaders) / max(1, len(leaders))
+    return (1.0 in leaders) / (len(leaders) or 1)
 
 def measures(samples):
-    """All measures of one model's samples (rows or a Table), as many of each problem: a value a problem, in order."""
+    """{measure: a value for each problem, in order} of one model's samples, rows or a Table; each problem has n."""
     rows = sorted(samples, key=lambda sample: sample["number"])
     n = sum(row["number"] == rows[0]["number"] for row in rows)
     def column(name):                                   # [problems, n]
@@ -366,7 +366,7 @@ def run(config):
         if file.exists():
             samples = al.read(file).to_pylist()
             plan = planned(model, problems, config)
-            if [row | known for row, known in zip(samples, plan)] != samples:
+            if [row | known for row, known in zip(samples, plan)] != samples:               # the plan changes some
                 raise ValueError(f"{file} has samples of another model, other problems or settings: change --out")
             print(f"{model}: the samples in {file} are kept")
         else:

@@ -341,6 +341,7 @@ def test_arrowlite_concat_finds_the_common_type_of_columns():
 
 
 def test_arrowlite_rows_are_mapped_and_columns_added_renamed_dropped_and_split():
+    assert al.Table.from_pylist([{}, {}], {"a": "int32"}).to_pydict() == {"a": [None, None]}
     table = al.Table.from_pylist([{"a": i, "b": str(i)} for i in range(300)])
 
     def change(row):
