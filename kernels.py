@@ -186,20 +186,20 @@ def _attention_queries(
     full = (first + k_len - q_len + 1) // STEP * STEP   # all queries of the tile see the keys before this,
     stop = tl.minimum(first + k_len - q_len + OWN, k_len)               # and none of them those from here on
     slot = head * slots + _slot(q_start) + rows
-    q_tile = tl.load(q + at, inside, 0.0)
+    q_tile = tl.load(q + at, inside)
     acc = _zeros(OWN, DIM)
     if dout is None:
         top = tl.full([OWN], MASKED, tl.float32)
         mass = _zeros(OWN, STEP // 2)
     else:
-        dout_tile = tl.load(dout + at, inside, 0.0)
+        dout_tile = tl.load(dout + at, inside)
         row_delta = tl.sum(_load(out + at, inside) * dout_tile, 1)
         row_lse = tl.load(lse + slot) * unit
         tl.store(delta + slot, row_delta)
     for masked in tl.static_range(2):
         for n in range(full if masked else 0, stop if masked else full, STEP):
-            k_tile = k.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
-            v_tile = v.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
+            k_tile = k.load([k_start + n, head // GROUP * DIM])
+            v_tile = v.load([k_start + n, head // GROUP * DIM])
             scores = _dot(q_tile, k_tile.T)             # [OWN, STEP]
             if masked:
                 scores = tl.where(n + _across(STEP) <= last_key[:, None], scores, MASKED)
@@ -236,20 +236,20 @@ def _attention_keys(
     low = tl.maximum(first - offset, 0) // STEP * STEP
     full = tl.minimum(tl.maximum(first - offset + OWN - 1, 0), q_len)
     full = tl.cdiv(full, STEP) * STEP                   # from here on all queries see all keys of the tile
-    k_tile = tl.load(k + at, inside, 0.0)
-    v_tile = tl.load(v + at, inside, 0.0)
+    k_tile = tl.load(k + at, inside)
+    v_tile = tl.load(v + at, inside)
     zeros = _zeros(OWN, STEP)
     dk_acc = _zeros(OWN, DIM)
     dv_acc = _zeros(OWN, DIM)
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         for masked in tl.static_range(1, -1, -1):
             for m in range(low if masked else full, full if masked else q_len, STEP):
-                q_tile = q.load([q_start + m, head, 0]).reshape(STEP, DIM)
+                q_tile = q.load([q_start + m, head * DIM])
                 scores = _dot(k_tile, q_tile.T, zeros - lse.load([head, slot + m]))     # [OWN, STEP]
                 p = tl.exp2(scores * (scale * LOG2E))
                 if masked:
                     p = tl.where(first + _down(OWN) <= m + _across(STEP) + offset, p, 0.0)
-                dout_tile = dout.load([q_start + m, head, 0]).reshape(STEP, DIM)
+                dout_tile = dout.load([q_start + m, head * DIM])
                 dv_acc = _dot(p.to(dout.dtype), dout_tile, dv_acc)
                 ds = p * _dot(v_tile, dout_tile.T, zeros - delta.load([head, slot + m]))
                 dk_acc = _dot(ds.to(q.dtype), q_tile, dk_acc)
@@ -293,7 +293,7 @@ def flash_attention(
     blank = torch.empty_like if covered else torch.zeros_like
     itemsize = q.itemsize
     def steps(*tensors):
-        return [_tiled(x, [STEP.value, 1, dim]) for x in tensors]
+        return [_tiled(x.flatten(1), [STEP.value, dim]) for x in tensors]
     def launch(kernel, heads, longest, own, *tensors):
         """32 scores a thread; fp32 takes three products and twice the space: smaller tiles."""
         own = own if itemsize == 2 else 32
@@ -340,19 +340,20 @@ def _paged_part(
     dims = _across(DIM)
     mine = _down(ROWS) < GROUP
     heads = (sequence * tl.num_programs(0) + kv_head) * GROUP + _down(ROWS)
-    q_tile = tl.load(q + heads * DIM + dims, mine, 0.0)
+    q_tile = tl.load(q + heads * DIM + dims, mine)
     acc = _zeros(ROWS, DIM)
     top = tl.full([ROWS], MASKED, tl.float32)
     mass = _zeros(ROWS, STEP // 2)
     for n in range(split * share, stop, STEP):
-        tokens = n + tl.arange(0, STEP)
-        live = tokens < stop
-        page = tl.load(block_table + sequence * table_stride + tokens // PAGE, live, 0)
-        slot = page.to(tl.int64) * PAGE + tokens % PAGE
-        at = (slot * (tl.num_programs(0) * DIM) + kv_head * DIM)[:, None] + dims
-        k_tile = tl.load(k_cache + at, live[:, None], 0.0)
-        v_tile = tl.load(v_cache + at, live[:, None], 0.0)
-        scores = tl.where(live[None, :], _dot(q_tile, k_tile.T), MASKED)            # [ROWS, STEP]
+        token = n + _down(STEP)
+        live = token < stop
+        page = tl.load(block_table + sequence * table_stride + token // PAGE, live).to(tl.int64)
+        slot = page * PAGE + token % PAGE
+        at = slot * (tl.num_programs(0) * DIM) + kv_head * DIM + dims
+        k_tile = tl.load(k_cache + at, live)
+        v_tile = tl.load(v_cache + at, live, 0.0)
+        scores = _dot(q_tile, k_tile.T)                                 # [ROWS, STEP]
+        scores = tl.where(n + _across(STEP) < stop, scores, MASKED)
         acc, top, mass = _weigh(scores, v_tile, scale * LOG2E, acc, top, mass)
     total = _halve(mass, 5)
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
@@ -430,7 +431,7 @@ def _norm_gradient(g, n, r, WIDTH):
     """Of x, where n = x * r, r is as above, and g is the gradient of n."""
     return (g - n * (tl.sum(g * n, 1) / WIDTH)[:, None]) * r
 
-@jit(do_not_specialize=["rows"])
+@jit
 def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: constexpr, TOGETHER: constexpr):
     """Forward: other, if there is one, is the residual, and x + other goes into summed. Backward, where there is a
     dout: x is what was normalised, out its gradient, and other what is added to that."""
@@ -516,7 +517,7 @@ def _turn(x, c, s, HEADS, DIM):
     other = tl.flip(x.reshape(HEADS, 2, DIM // 2), 1).reshape(HEADS, DIM)
     return x * c + other * s
 
-@jit(do_not_specialize=["tokens"])
+@jit
 def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms, table_stride, eps, tokens,
                 GROUP: constexpr, HEADS: constexpr, DIM: constexpr):
     """Forward it writes q and k. Backward, where there is a dqkv, q, k and v are the gradients of what came out."""
@@ -660,69 +661,65 @@ def swiglu(gate_up):
 SLICE_BYTES = 2**27                 # of dy; with the gradient of hidden in fp32 this is all that backward needs
 
 @jit
-def _logits(x, weight, inverse):
-    """This program's tile, its rows and columns, and which of them exist."""
+def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, dy, words):
+    """A tile of y. Forward: lse and mean of each row of it, and y at the target. Backward, where there is a dy: it is p
+    * (of_p + of_py * y), and of_target at the target."""
     BM: constexpr = x.block_shape[0]
     BK: constexpr = x.block_shape[1]
     BV: constexpr = weight.block_shape[0]
+    part = tl.program_id(1)
     row = tl.program_id(0) * BM + _down(BM)
-    column = tl.program_id(1) * BV + _across(BV)
+    column = part * BV + _across(BV)
     inside = row < x.shape[0]
+    real = column < words
     y = _zeros(BM, BV)
     for k in range(0, x.shape[1], BK):
         x_tile = x.load([tl.program_id(0) * BM, k])
-        y = _dot(x_tile, weight.load([tl.program_id(1) * BV, k]).T, y)
-    return y * _load(inverse + row, inside), row, column, inside
-
-@jit
-def _head_forward(x, weight, inverse, targets, lses, means, hit):
-    y, row, column, inside = _logits(x, weight, inverse)
+        y = _dot(x_tile, weight.load([part * BV, k]).T, y)
+    y *= _load(inverse + row, inside)
     target = tl.load(targets + row, inside, 0)
-    y = tl.where(column < weight.shape[0], y, MASKED)
-    own = tl.sum(tl.where(column == target, y, 0.0), 1)[:, None]
-    tl.store(hit + row, own, inside & (target // y.shape[1] == tl.program_id(1)))
-    top = tl.max(y, 1)[:, None]
-    y -= top
-    e = _exp(y)
-    mass = tl.sum(e, 1)[:, None]
-    mean = tl.sum(e * y, 1)[:, None] / mass
-    at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(lses + at, top + tl.log(mass), inside)
-    tl.store(means + at, top + mean, inside)
-
-@jit
-def _head_backward(x, weight, inverse, targets, lse, of_p, of_py, of_target, out, words):
-    """p * (of_p + of_py * y), and of_target at the target."""
-    y, row, column, inside = _logits(x, weight, inverse)
-    target = tl.load(targets + row, inside, 0)
-    p = _exp(y - _load(lse + row, inside))
-    dy = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
-    dy += tl.where(column == target, _load(of_target + row, inside), 0.0)
-    tl.store(out + row.to(tl.int64) * words + column, dy, inside & (column < words))
+    if dy is None:
+        y = tl.where(real, y, MASKED)
+        own = tl.sum(tl.where(column == target, y, 0.0), 1)[:, None]
+        tl.store(hit + row, own, inside & (target // BV == part))
+        top = tl.max(y, 1)[:, None]
+        y -= top
+        p = _exp(y)
+        mass = tl.sum(p, 1)[:, None]
+        total = tl.sum(p * y, 1)[:, None]
+        at = row.to(tl.int64) * tl.num_programs(1) + part
+        tl.store(lse + at, top + tl.log(mass), inside)
+        tl.store(mean + at, top + total / mass, inside)
+    else:
+        p = _exp(y - _load(lse + row, inside))
+        y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
+        y += tl.where(column == target, _load(of_target + row, inside), 0.0)
+        tl.store(dy + row.to(tl.int64) * words + column, y, inside & real)
 
 def _statistics(hidden, weight, targets, inverse):
     """lse, mean and hit of every row."""
     BM, BV, BK = (64, 64, 32) if hidden.itemsize == 4 else (128, 256, 64)
     targets = targets.int()
-    def launch(kernel, x, weight, *tensors):
+    def launch(x, weight, *tensors):
         grid = _ceil(len(x), BM), _ceil(len(weight), BV)
-        kernel[grid](_tiled(x, [BM, BK]), _tiled(weight, [BV, BK]), inverse, *tensors, num_warps=8)
+        _head[grid](_tiled(x, [BM, BK]), _tiled(weight, [BV, BK]), inverse, *tensors, len(weight), num_warps=8)
     def forward(x, weight):
         parts = _ceil(len(weight), BV)
         lses, means = inverse.new_empty(2, len(x), parts)
         lse, mean, hit = inverse.new_empty(3, len(x))
-        launch(_head_forward, x, weight, targets, lses, means, hit)
+        launch(x, weight, targets, lses, means, hit, None, None, None, None)
         _merge[(len(x),)](lses, means, lse, mean, parts, 1)
         return (lse, mean, hit), (x, weight, lse, mean)
     def backward(x, weight, lse, mean, dlse, dmean, dhit):
-        rows = lse, inverse * (dlse + dmean * (1 - mean)), inverse * dmean, inverse * dhit
+        of_p = inverse * (dlse + dmean * (1 - mean))
+        rows = lse, None, None, of_p, inverse * dmean, inverse * dhit
         dx = torch.zeros_like(x, dtype=torch.float32)
         dweight = torch.empty_like(weight)
         step = max(256, SLICE_BYTES // (len(x) * x.itemsize) // 256 * 256)
         for start in range(0, len(weight), step):
             words = weight[start:start + step]
             dy = x.new_empty(len(x), len(words))
-            launch(_head_backward, x, words, targets - start, *rows, dy, len(words))
+            launch(x, words, targets - start, *rows, dy)
             torch.mm(dy.T, x, out=dweight[start:start + step])
             if x.is_cuda:
                 torch.addmm(dx, dy, words, out_dtype=dx.dtype, out=dx)
@@ -846,7 +843,8 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
         p = tl.exp2(score)
         full += p
         kept += tl.where(score >= low, p, 0.0)
-        u = (_mix(_mix(column.to(tl.uint32) + key) ^ key).to(tl.float32) + 0.5) * 2**-32
+        bits = _mix(_mix(column.to(tl.uint32) + key) ^ key)
+        u = (bits.to(tl.float32) + 0.5) * 2**-32
         # 1 - u loses the digits of a small u, so it takes the series; a u that was rounded to 1 would be no sample
         race = tl.where(u < 0.001, u * (1 + 0.5 * u), -tl.log(1 - tl.minimum(u, 0.99999994)))
         rank = tl.where(score >= low, score - luck * tl.log2(race), MASKED)
