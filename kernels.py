@@ -89,6 +89,11 @@ def _zeros(ROWS, COLUMNS):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 
 @jit
+def _sums(x):
+    """Of rows, as a column."""
+    return tl.sum(x, 1)[:, None]
+
+@jit
 def _load(pointers, mask):
     """In fp32, and zeros where it is masked."""
     return tl.load(pointers, mask, 0.0).to(tl.float32)
@@ -142,9 +147,9 @@ def _halve(x, TIMES):
 def _weigh(scores, values, unit, acc, top, mass):
     """A step of the online softmax, y = scores * unit: top is the largest y so far, acc the sum of exp2(y - top) *
     values, mass that of exp2(y - top), in 32 columns that _halve adds up at the end."""
-    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
-    shrink = tl.exp2(top - new_top)[:, None]
-    p = tl.exp2(scores * unit - new_top[:, None])                       # [rows, keys]
+    new_top = tl.maximum(top, tl.max(scores, 1)[:, None] * unit)
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(scores * unit - new_top)                                # [rows, keys]
     acc = _dot(p.to(values.dtype), values, acc * shrink)
     return acc, new_top, mass * shrink + _halve(p, 1)
 
@@ -181,19 +186,19 @@ def _attention_queries(
         return
     unit = scale * LOG2E
     at, inside = _rows(q_start, q_len, first, OWN, DIM)
-    rows = first + tl.arange(0, OWN)
-    last_key = rows + k_len - q_len                     # that a query sees: the last query sees every key
+    row = first + _down(OWN)
+    last_key = row + k_len - q_len                     # that a query sees: the last query sees every key
     full = (first + k_len - q_len + 1) // STEP * STEP   # all queries of the tile see the keys before this,
     stop = tl.minimum(first + k_len - q_len + OWN, k_len)               # and none of them those from here on
-    slot = head * slots + _slot(q_start) + rows
+    slot = head * slots + _slot(q_start) + row
     q_tile = tl.load(q + at, inside)
     acc = _zeros(OWN, DIM)
     if dout is None:
-        top = tl.full([OWN], MASKED, tl.float32)
+        top = _zeros(OWN, 1) + MASKED
         mass = _zeros(OWN, STEP // 2)
     else:
         dout_tile = tl.load(dout + at, inside)
-        row_delta = tl.sum(_load(out + at, inside) * dout_tile, 1)
+        row_delta = _sums(_load(out + at, inside) * dout_tile)
         row_lse = tl.load(lse + slot) * unit
         tl.store(delta + slot, row_delta)
     for masked in tl.static_range(2):
@@ -202,18 +207,18 @@ def _attention_queries(
             v_tile = v.load([k_start + n, head // GROUP * DIM])
             scores = _dot(q_tile, k_tile.T)             # [OWN, STEP]
             if masked:
-                scores = tl.where(n + _across(STEP) <= last_key[:, None], scores, MASKED)
+                scores = tl.where(n + _across(STEP) <= last_key, scores, MASKED)
             if dout is None:
                 acc, top, mass = _weigh(scores, v_tile, unit, acc, top, mass)
             else:
-                p = tl.exp2(scores * unit - row_lse[:, None])
-                ds = p * (_dot(dout_tile, v_tile.T) - row_delta[:, None])
+                p = tl.exp2(scores * unit - row_lse)
+                ds = p * (_dot(dout_tile, v_tile.T) - row_delta)
                 acc = _dot(ds.to(k.dtype), k_tile, acc)
     if dout is None:
         total = _halve(mass, 5)                         # [OWN, 1]
         tl.store(out + at, acc / total, inside)
-        row_lse = (top + tl.log2(total.reshape(OWN))) / unit
-        tl.store(lse + slot, row_lse, rows < q_len)
+        row_lse = (top + tl.log2(total)) / unit
+        tl.store(lse + slot, row_lse, inside)
     else:
         tl.store(dq + at, acc * scale, inside)
 
@@ -264,11 +269,11 @@ def _attend(q, k, v, scale):
     return out[0].transpose(0, 1)
 
 def flash_attention_reference(q, k, v, q_ends, k_ends, scale=None):
-    queries = q.tensor_split(q_ends.tolist()[1:])       # of each sequence; the last ones are of none
+    *queries, rest = q.tensor_split(q_ends.tolist()[1:])                # rest: tokens of no sequence
     keys = k.tensor_split(k_ends.tolist()[1:])
     values = v.tensor_split(k_ends.tolist()[1:])
-    outs = [_attend(*x, scale) for x in zip(queries[:-1], keys, values)]
-    return torch.cat([*outs, torch.zeros_like(queries[-1])])
+    outs = [_attend(*x, scale) for x in zip(queries, keys, values)]
+    return torch.cat([*outs, torch.zeros_like(rest)])
 
 def flash_attention(
     q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None, covered=False,
@@ -288,8 +293,7 @@ def flash_attention(
     if heads % kv_heads or dim not in (16, 32, 64, 128):
         raise ValueError(f"{heads} heads of {dim} share {kv_heads}: take a multiple, of 16, 32, 64 or 128")
     sequences = len(cu_seqlens_q) - 1
-    group = heads // kv_heads
-    settings = cu_seqlens_q.int(), cu_seqlens_k.int(), scale or dim ** -0.5, group, dim
+    settings = cu_seqlens_q.int(), cu_seqlens_k.int(), scale or dim ** -0.5, heads // kv_heads, dim
     blank = torch.empty_like if covered else torch.zeros_like
     itemsize = q.itemsize
     def steps(*tensors):
@@ -342,7 +346,7 @@ def _paged_part(
     heads = (sequence * tl.num_programs(0) + kv_head) * GROUP + _down(ROWS)
     q_tile = tl.load(q + heads * DIM + dims, mine)
     acc = _zeros(ROWS, DIM)
-    top = tl.full([ROWS], MASKED, tl.float32)
+    top = _zeros(ROWS, 1) + MASKED
     mass = _zeros(ROWS, STEP // 2)
     for n in range(split * share, stop, STEP):
         token = n + _down(STEP)
@@ -359,13 +363,14 @@ def _paged_part(
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
     part = heads * tl.num_programs(2) + split
     tl.store(out + part * DIM + dims, acc / total, mine)
-    tl.store(lse + part, (top[:, None] + tl.log2(total)) * LN2, mine)
+    tl.store(lse + part, (top + tl.log2(total)) * LN2, mine)
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
     outs = []
     for query, pages, length in zip(q, block_table, context_lens):
         pages = pages[:_ceil(length, k_cache.shape[1])]
-        k, v = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        k = k_cache[pages].flatten(0, 1)[:length]
+        v = v_cache[pages].flatten(0, 1)[:length]
         outs.append(_attend(query[None], k, v, scale))
     return torch.cat(outs)
 
@@ -397,7 +402,9 @@ def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, WIDTH: constexp
     token = _program(0)
     slot = tl.load(slots + token).to(tl.int64)
     column = tl.arange(0, next_power_of_2(WIDTH))
-    mask = column < tl.where(slot >= 0, WIDTH, 0)
+    mask = column < WIDTH
+    if slot < 0:
+        return
     at = slot * WIDTH + column
     tl.store(k_cache + at, tl.load(k + token * k_stride + column, mask), mask)
     tl.store(v_cache + at, tl.load(v + token * v_stride + column, mask), mask)
@@ -410,10 +417,10 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
     width = k.shape[1]
     if _on_triton(k):
         _store_kv[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), width)
-    else:
-        real = slot_mapping >= 0
-        k_cache.view(-1, width)[slot_mapping[real]] = k[real]
-        v_cache.view(-1, width)[slot_mapping[real]] = v[real]
+        return
+    real = slot_mapping >= 0
+    for x, cache in ((k, k_cache), (v, v_cache)):
+        cache.view(-1, width)[slot_mapping[real]] = x[real]
 
 # --- rms norm --------------------------------------------------------------------------------------------------------
 
@@ -424,12 +431,12 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
 
 @jit
 def _inverse_rms(x, eps, WIDTH):
-    return tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
+    return tl.rsqrt(_sums(x * x) / WIDTH + eps)
 
 @jit
 def _norm_gradient(g, n, r, WIDTH):
     """Of x, where n = x * r, r is as above, and g is the gradient of n."""
-    return (g - n * (tl.sum(g * n, 1) / WIDTH)[:, None]) * r
+    return (g - n * (_sums(g * n) / WIDTH)) * r
 
 @jit
 def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: constexpr, TOGETHER: constexpr):
@@ -484,8 +491,9 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
         return rms_norm_reference(x, weight, eps, residual)
     width = len(weight)
     rows = x.numel() // width
-    together = max(1, 2048 // next_power_of_2(width))                               # rows of a tile, and 16 elements a thread
-    warps = min(16, max(4, _ceil(width, 512)))
+    block = next_power_of_2(width)
+    together = max(1, 2048 // block)                                               # rows of a tile, and 16 elements a thread
+    warps = min(16, max(4, block // 512))
     def launch(programs, *tensors):
         _rms_norm[(programs,)](*tensors, rows, eps, width, together, num_warps=warps)
     def forward(x, weight, residual):
@@ -518,8 +526,10 @@ def _turn(x, c, s, HEADS, DIM):
     return x * c + other * s
 
 @jit
-def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms, table_stride, eps, tokens,
-                GROUP: constexpr, HEADS: constexpr, DIM: constexpr):
+def _qkv_rotary(
+    qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions, table_stride, eps, tokens,
+    GROUP: constexpr, HEADS: constexpr, DIM: constexpr,
+):
     """Forward it writes q and k. Backward, where there is a dqkv, q, k and v are the gradients of what came out."""
     BLOCK: constexpr = next_power_of_2(HEADS)
     part = tl.program_id(0)
@@ -529,8 +539,8 @@ def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms,
     mask = head < HEADS
     turned = head < tl.where(part > GROUP, 0, HEADS)                    # values are not
     sign = tl.where(dim < DIM // 2, -1.0, 1.0)
-    outside = q + part * HEADS * DIM + at                               # of token 0: there, and in qkv
-    inside = part * HEADS * DIM + at
+    inside = part * HEADS * DIM + at                                    # of token 0: in qkv, and in q, k or v
+    outside = q + inside
     stride = tl.where(part < GROUP, GROUP, 1) * HEADS * DIM
     norm = q_norm
     if part == GROUP:
@@ -586,9 +596,9 @@ def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=No
     tokens = len(qkv)
     dim = qkv.shape[1] // (heads + 2 * kv_heads)
     group = heads // kv_heads
-    settings = cos.stride(0), eps, tokens, group, kv_heads, dim
-    def launch(parts, programs, qkv, q_norm, k_norm, *others):
-        _qkv_rotary[parts, programs](qkv, q_norm, k_norm, cos, sin, positions, *others, *settings, num_warps=1)
+    def launch(parts, programs, *tensors):
+        _qkv_rotary[parts, programs](
+            *tensors, cos, sin, positions, cos.stride(0), eps, tokens, group, kv_heads, dim, num_warps=1)
     def forward(qkv, q_norm, k_norm):
         q = qkv.new_empty(tokens, heads, dim)
         k = qkv.new_empty(tokens, kv_heads, dim)
@@ -658,7 +668,7 @@ def swiglu(gate_up):
 # vocabulary at a time, turns them into dy, and leaves dy @ weight and dy' @ hidden to cuBLAS, both summed in fp32. In
 # all 4 products of 2 * tokens * vocab * width operations: tensor cores are the limit.
 
-SLICE_BYTES = 2**27                 # of dy; with the gradient of hidden in fp32 this is all that backward needs
+SLICE = 2**18       # rows of dy, of 256 words each, that backward has at a time: 128 MB in bf16
 
 @jit
 def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, dy, words):
@@ -680,16 +690,15 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
     target = tl.load(targets + row, inside, 0)
     if dy is None:
         y = tl.where(real, y, MASKED)
-        own = tl.sum(tl.where(column == target, y, 0.0), 1)[:, None]
+        own = _sums(tl.where(column == target, y, 0.0))
         tl.store(hit + row, own, inside & (target // BV == part))
         top = tl.max(y, 1)[:, None]
         y -= top
         p = _exp(y)
-        mass = tl.sum(p, 1)[:, None]
-        total = tl.sum(p * y, 1)[:, None]
+        mass = _sums(p)
         at = row.to(tl.int64) * tl.num_programs(1) + part
         tl.store(lse + at, top + tl.log(mass), inside)
-        tl.store(mean + at, top + total / mass, inside)
+        tl.store(mean + at, top + _sums(p * y) / mass, inside)
     else:
         p = _exp(y - _load(lse + row, inside))
         y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
@@ -715,7 +724,7 @@ def _statistics(hidden, weight, targets, inverse):
         rows = lse, None, None, of_p, inverse * dmean, inverse * dhit
         dx = torch.zeros_like(x, dtype=torch.float32)
         dweight = torch.empty_like(weight)
-        step = max(256, SLICE_BYTES // (len(x) * x.itemsize) // 256 * 256)
+        step = 256 * _ceil(SLICE, len(x))
         for start in range(0, len(weight), step):
             words = weight[start:start + step]
             dy = x.new_empty(len(x), len(words))
@@ -791,7 +800,7 @@ def _lowest(row, vocab, low, need, top, inverse, COUNT):
         for first in range(0, vocab, BLOCK):
             score = _scores(row, first + _across(BLOCK), vocab, top, inverse)
             kept += tl.where(score >= bounds, 1.0 if COUNT else tl.exp2(score), 0.0)
-        kept = tl.sum(kept, 1)[:, None]
+        kept = _sums(kept)
         if not COUNT:
             need = tl.where(i == 0, need * tl.max(kept), need)
         low = tl.max(tl.where(kept >= need, bounds, low))
@@ -858,11 +867,12 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
 
 def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
     vocab = logits.shape[1]
-    hot = (temperature > 0)[:, None]
-    full = (logits.float() / temperature[:, None].where(hot, 1)).log_softmax(-1)
+    heat = temperature[:, None]
+    hot = heat > 0
+    full = (logits.float() / heat.where(hot, 1)).log_softmax(-1)
     ordered = full.sort(descending=True).values
-    k = top_k.where(top_k > 0, vocab).clamp(max=vocab)[:, None]
-    p = ordered.where(ordered >= ordered.gather(1, k - 1), -torch.inf).softmax(-1)
+    last = (top_k.clamp(0, vocab) - 1) % vocab                          # of the top k, or of all
+    p = ordered.where(ordered >= ordered.gather(1, last[:, None]), -torch.inf).softmax(-1)
     stays = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])               # what is larger holds less than top_p
     lowest = ordered.where(stays, 0).amin(-1, keepdim=True)
     kept = full.where(full >= lowest, -torch.inf).log_softmax(-1)
@@ -927,16 +937,13 @@ def main():
         (swiglu, make(n, 6 * kv * dim)),
         (linear_cross_entropy, x[:few], make(vocab, kv * dim) * 0.05, rows[:few]),
     ):
-        print(f"{operation.__name__:22}", end="")
         twins = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
         pairs = zip(both_ways(operation, *args), both_ways(operation, *twins))
         worst = max((a - b).norm() / b.norm() for a, b in pairs)
-        print(f"{worst:9.1e}", end="")
-        assert worst < (2e-2 if cuda else 1e-5)
-        if cuda:
-            for call in (operation, partial(both_ways, operation)):
-                ms = triton.testing.do_bench(partial(call, *args), rep=200, return_mode="median")
-                print(f"{ms:10.3f}", end="")
+        assert worst < (2e-2 if cuda else 1e-5), operation
+        print(f"{operation.__name__:22}{worst:9.1e}", end="")
+        for call in (operation, partial(both_ways, operation)) if cuda else ():
+            print(f"{triton.testing.do_bench(partial(call, *args), rep=200):10.3f}", end="")
         print()
 
 if __name__ == "__main__":

@@ -1351,7 +1351,7 @@ def check_kernels(device, dtype, bound):
 def check_interpreted():
     assert K.INTERPRET
     torch.set_num_threads(1)
-    K.SLICE_BYTES = 2**17           # the gradient of the head in several slices
+    K.SLICE = 2**6                  # the gradient of the head in several slices
     K.PROCESSORS = 1                # programs that walk over several rows
     check_kernels("cpu", torch.float32, 1e-5)
 
