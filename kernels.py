@@ -203,8 +203,8 @@ def _attention_queries(
         tl.store(delta + slot, row_delta)
     for masked in tl.static_range(2):
         for n in range(full if masked else 0, stop if masked else full, STEP):
-            k_tile = k.load([k_start + n, head // GROUP * DIM])
-            v_tile = v.load([k_start + n, head // GROUP * DIM])
+            k_tile = k.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
+            v_tile = v.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
             scores = _dot(q_tile, k_tile.T)             # [OWN, STEP]
             if masked:
                 scores = tl.where(n + _across(STEP) <= last_key, scores, MASKED)
@@ -249,12 +249,12 @@ def _attention_keys(
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         for masked in tl.static_range(1, -1, -1):
             for m in range(low if masked else full, full if masked else q_len, STEP):
-                q_tile = q.load([q_start + m, head * DIM])
+                q_tile = q.load([q_start + m, head, 0]).reshape(STEP, DIM)
                 scores = _dot(k_tile, q_tile.T, zeros - lse.load([head, slot + m]))     # [OWN, STEP]
                 p = tl.exp2(scores * (scale * LOG2E))
                 if masked:
                     p = tl.where(first + _down(OWN) <= m + _across(STEP) + offset, p, 0.0)
-                dout_tile = dout.load([q_start + m, head * DIM])
+                dout_tile = dout.load([q_start + m, head, 0]).reshape(STEP, DIM)
                 dv_acc = _dot(p.to(dout.dtype), dout_tile, dv_acc)
                 ds = p * _dot(v_tile, dout_tile.T, zeros - delta.load([head, slot + m]))
                 dk_acc = _dot(ds.to(q.dtype), q_tile, dk_acc)
@@ -297,7 +297,7 @@ def flash_attention(
     blank = torch.empty_like if covered else torch.zeros_like
     itemsize = q.itemsize
     def steps(*tensors):
-        return [_tiled(x.flatten(1), [STEP.value, dim]) for x in tensors]
+        return [_tiled(x, [STEP.value, 1, dim]) for x in tensors]
     def launch(kernel, heads, longest, own, *tensors):
         """32 scores a thread; fp32 takes three products and twice the space: smaller tiles."""
         own = own if itemsize == 2 else 32
@@ -357,7 +357,7 @@ def _paged_part(
         k_tile = tl.load(k_cache + at, live)
         v_tile = tl.load(v_cache + at, live, 0.0)
         scores = _dot(q_tile, k_tile.T)                                 # [ROWS, STEP]
-        scores = tl.where(n + _across(STEP) < stop, scores, MASKED)
+        scores = tl.where(live.T, scores, MASKED)
         acc, top, mass = _weigh(scores, v_tile, scale * LOG2E, acc, top, mass)
     total = _halve(mass, 5)
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
@@ -392,7 +392,8 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     lses = _floats(q, batch, heads, splits)
     _paged_part[kv_heads, batch, splits](
         q.contiguous(), k_cache.view(-1), v_cache.view(-1), block_table, context_lens, lses, parts,
-        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page)
+        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page,
+        maxnreg=None if splits == 1 else 128)               # which it has by itself: 4 programs an SM
     if splits > 1:
         _merge[(batch * heads,)](lses, parts, torch.empty_like(lses), out, splits, dim, num_warps=2)
     return out
@@ -696,9 +697,10 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
         y -= top
         p = _exp(y)
         mass = _sums(p)
+        total = _sums(p * y)
         at = row.to(tl.int64) * tl.num_programs(1) + part
         tl.store(lse + at, top + tl.log(mass), inside)
-        tl.store(mean + at, top + _sums(p * y) / mass, inside)
+        tl.store(mean + at, top + total / mass, inside)
     else:
         p = _exp(y - _load(lse + row, inside))
         y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
