@@ -147,9 +147,9 @@ def _halve(x, TIMES):
 def _weigh(scores, values, unit, acc, top, mass):
     """A step of the online softmax, y = scores * unit: top is the largest y so far, acc the sum of exp2(y - top) *
     values, mass that of exp2(y - top), in 32 columns that _halve adds up at the end."""
-    new_top = tl.maximum(top, tl.max(scores, 1)[:, None] * unit)
-    shrink = tl.exp2(top - new_top)
-    p = tl.exp2(scores * unit - new_top)                                # [rows, keys]
+    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
+    shrink = tl.exp2(top - new_top)[:, None]
+    p = tl.exp2(scores * unit - new_top[:, None])                       # [rows, keys]
     acc = _dot(p.to(values.dtype), values, acc * shrink)
     return acc, new_top, mass * shrink + _halve(p, 1)
 
@@ -194,7 +194,7 @@ def _attention_queries(
     q_tile = tl.load(q + at, inside)
     acc = _zeros(OWN, DIM)
     if dout is None:
-        top = _zeros(OWN, 1) + MASKED
+        top = tl.full([OWN], MASKED, tl.float32)
         mass = _zeros(OWN, STEP // 2)
     else:
         dout_tile = tl.load(dout + at, inside)
@@ -217,7 +217,7 @@ def _attention_queries(
     if dout is None:
         total = _halve(mass, 5)                         # [OWN, 1]
         tl.store(out + at, acc / total, inside)
-        row_lse = (top + tl.log2(total)) / unit
+        row_lse = (top[:, None] + tl.log2(total)) / unit
         tl.store(lse + slot, row_lse, inside)
     else:
         tl.store(dq + at, acc * scale, inside)
@@ -346,7 +346,7 @@ def _paged_part(
     heads = (sequence * tl.num_programs(0) + kv_head) * GROUP + _down(ROWS)
     q_tile = tl.load(q + heads * DIM + dims, mine)
     acc = _zeros(ROWS, DIM)
-    top = _zeros(ROWS, 1) + MASKED
+    top = tl.full([ROWS], MASKED, tl.float32)
     mass = _zeros(ROWS, STEP // 2)
     for n in range(split * share, stop, STEP):
         token = n + _down(STEP)
@@ -363,7 +363,7 @@ def _paged_part(
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
     part = heads * tl.num_programs(2) + split
     tl.store(out + part * DIM + dims, acc / total, mine)
-    tl.store(lse + part, (top + tl.log2(total)) * LN2, mine)
+    tl.store(lse + part, (top[:, None] + tl.log2(total)) * LN2, mine)
 
 def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale=None):
     outs = []
@@ -392,8 +392,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     lses = _floats(q, batch, heads, splits)
     _paged_part[kv_heads, batch, splits](
         q.contiguous(), k_cache.view(-1), v_cache.view(-1), block_table, context_lens, lses, parts,
-        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page,
-        maxnreg=None if splits == 1 else 128)               # which it has by itself: 4 programs an SM
+        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page)
     if splits > 1:
         _merge[(batch * heads,)](lses, parts, torch.empty_like(lses), out, splits, dim, num_warps=2)
     return out
