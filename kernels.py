@@ -7,10 +7,10 @@ what it computes in registers, and writes each output once.
     HBM  4.8 TB/s  ------->  L2  ------->  shared memory  ------->  tensor cores, 990 TFLOP/s in bf16
                              50 MB         228 KB an SM             registers, 256 KB an SM (132 SMs of an H200)
 
-A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 a CPU tensor in fp32 takes the
-kernel, too. fp64 is for checking and always takes the reference. Forward, a row's result depends on this row alone, bit
-for bit, so a model that generates, a few rows at a time, computes what it computes in training; and nothing waits for
-the GPU, so CUDA graphs can hold it. Backward passes use no atomics and repeat bit for bit.
+A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 one in fp32 takes the kernel, too;
+fp64 is for checking and always takes the reference. Forward, a row's result depends on this row alone, bit for bit: a
+model that generates, a few rows at a time, computes what it computes in training. Nothing waits for the GPU, so CUDA
+graphs can hold it. Backward passes use no atomics and repeat bit for bit.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
 """
@@ -35,21 +35,19 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MASKED = constexpr(-1e30)           # the score of what is masked: finite, since -inf minus -inf would be NaN
 LOG2E = constexpr(1.4426950408889634)
 LN2 = constexpr(0.6931471805599453)
-PROCESSORS = 2 if INTERPRET else 132                 # SMs of an H200: how many programs a kernel starts that walks over its rows
+PROCESSORS = 2 if INTERPRET else 132        # SMs of an H200: how many programs walk over rows
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that Hopper's copy engine reads it in)
 
 class _Operation(torch.autograd.Function):
     """forward gives what the operation returns, and the tensors that backward gets before the gradients of that;
     backward gives the gradients of the inputs. Both are functions inside the operation's and share its settings, but
     none of its inputs: those would stay in memory even where a layer is to be run again."""
-
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
         outs, saved = forward(*(x if x is None else x.contiguous() for x in inputs))
         ctx.save_for_backward(*saved)
         ctx.gradients = backward
         return outs
-
     @staticmethod
     def backward(ctx, *gradients):
         gradients = (x.contiguous() for x in gradients)
@@ -59,49 +57,38 @@ def _on_triton(x):
     """Whether the kernel takes it: not if it is empty, so that no kernel has to think of that."""
     fits = x.dtype != torch.float64 if x.is_cuda else INTERPRET and x.dtype == torch.float32
     return fits and x.numel() > 0
-
 def _wide(x):
     """In the precision that references compute in: fp32, or fp64 if that is what came."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def _ceil(a, b):                    # triton.cdiv takes 5 us a call
     return -(-a // b)
-
 def _floats(x, *shape):
     """Space for numbers in fp32."""
     return x.new_empty(shape, dtype=torch.float32)
-
 @jit
 def _program(axis):
     """In 64 bits, for what it is multiplied by."""
     return tl.program_id(axis).to(tl.int64)
-
 @jit
 def _down(SIZE):
     return tl.arange(0, SIZE)[:, None]
-
 @jit
 def _across(SIZE):
     return tl.arange(0, SIZE)[None, :]
-
 @jit
 def _zeros(ROWS, COLUMNS):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
-
 @jit
 def _sums(x):
     """Of rows, as a column."""
     return tl.sum(x, 1)[:, None]
-
 @jit
 def _load(pointers, mask):
     """In fp32, and zeros where it is masked."""
     return tl.load(pointers, mask, 0.0).to(tl.float32)
-
 @jit
 def _dot(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="tf32x3")      # of fp32: three products of tf32's 10 bits
-
 @jit
 def _exp(x):
     return tl.exp2(x * LOG2E)                               # tl.exp takes twice as long, for numbers below 1e-38
@@ -126,11 +113,10 @@ def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
 # FlashAttention-2 (Dao, arXiv 2307.08691): 2 * L * L * heads * dim operations forward, 2.5 times that backward,
 # thousands for every byte: the tensor cores are the limit, and beside them exp2 (for 128 x 128 scores at dim 128 the
 # products take 2048 cycles, exp2 1024). So: no masks but at the diagonal; the scale folded into the exponent; the
-# longest rows first, so that the last programs are short; the heads of a group side by side, so that they find their
-# keys in L2. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed order, for
-# 7 products backward instead of 5 with atomics. Tiles are BM queries by BN keys. What a program has many of comes by
-# the copy engine, and the last tile of a sequence runs into the next one: keys from there are masked, queries have a
-# log-sum-exp of 1e30. What is read once is loaded by pointers, which leaves it in shared memory for the product.
+# longest rows first, so that the last programs are short. One kernel owns queries (out, or dq), one owns keys (dk, dv):
+# each sums in registers in a fixed order, for 7 products backward instead of 5 with atomics. What a program has many of
+# comes by the copy engine, and the last tile of a sequence runs into the next one: keys from there are masked, queries
+# have a log-sum-exp of 1e30. What is read once is loaded by pointers, which leaves it in shared memory for the product.
 
 STEP = constexpr(64)    # keys a step, forward and in paged attention (sums over keys have one order in both); or queries
 
@@ -142,7 +128,6 @@ def _halve(x, TIMES):
         left, right = tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
         x = left + right
     return x
-
 @jit
 def _weigh(scores, values, unit, acc, top, mass):
     """A step of the online softmax, y = scores * unit: top is the largest y so far, acc the sum of exp2(y - top) *
@@ -152,30 +137,25 @@ def _weigh(scores, values, unit, acc, top, mass):
     p = tl.exp2(scores * unit - new_top[:, None])                       # [rows, keys]
     acc = _dot(p.to(values.dtype), values, acc * shrink)
     return acc, new_top, mass * shrink + _halve(p, 1)
-
 @jit
 def _sequence(ends):
     """Where this program's sequence starts, and how long it is."""
     start = tl.load(ends + tl.program_id(1))
     return start, tl.load(ends + tl.program_id(1) + 1) - start
-
 @jit
 def _rows(start, length, first, ROWS, DIM):
     """Where rows of this program's head are, from `first` in the sequence on, and which exist."""
     row = first + _down(ROWS)
     token = (start + row).to(tl.int64)
     return (token * tl.num_programs(0) + tl.program_id(0)) * DIM + _across(DIM), row < length
-
 @jit
 def _slot(start):
     """Where the sequence lies in lse and delta: from a multiple of 128 on, so that no tile has two owners."""
     return (start // 128 + tl.program_id(1)) * 128
 
 @jit
-def _attention_queries(
-    q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends, scale,
-    GROUP: constexpr, DIM: constexpr, OWN: constexpr,
-):
+def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends, scale,
+                       GROUP: constexpr, DIM: constexpr, OWN: constexpr):
     """Forward: out, and the log-sum-exp in units of q k', unscaled. Backward, where there is a dout: dq = scale * sum
     over keys of ds k, where ds = p * (dout v' - delta) and delta = sum(out * dout)."""
     head = tl.program_id(0)
@@ -223,10 +203,8 @@ def _attention_queries(
         tl.store(dq + at, acc * scale, inside)
 
 @jit
-def _attention_keys(
-    q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
-    GROUP: constexpr, DIM: constexpr, OWN: constexpr,
-):
+def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
+                    GROUP: constexpr, DIM: constexpr, OWN: constexpr):
     """dv = sum over queries of p' dout; dk = scale * sum of ds' q. Scores are made transposed, keys down the rows, so
     that both sums take them as they lie in registers; lse and delta are what the products start from."""
     kv_head = tl.program_id(0)
@@ -275,9 +253,8 @@ def flash_attention_reference(q, k, v, q_ends, k_ends, scale=None):
     outs = [_attend(*x, scale) for x in zip(queries, keys, values)]
     return torch.cat([*outs, torch.zeros_like(rest)])
 
-def flash_attention(
-    q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None, covered=False,
-):
+def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
+                    covered=False):
     """Causal attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens,
     kv_heads, dim], sequence i at [cu_seqlens[i], cu_seqlens[i + 1]) (int32). Without cu_seqlens_k it is that of q. A
     sequence may have fewer queries than keys; they are then the last ones. Pass the longest lengths: without them
@@ -330,10 +307,8 @@ def flash_attention(
 # row's result is the same, too. The grid depends on shapes alone, never on lengths, so a CUDA graph can hold it.
 
 @jit
-def _paged_part(
-    q, k_cache, v_cache, block_table, context_lens, lse, out, table_stride, scale,
-    GROUP: constexpr, DIM: constexpr, PAGE: constexpr,
-):
+def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_stride, scale,
+                GROUP: constexpr, DIM: constexpr, PAGE: constexpr):
     kv_head = tl.program_id(0)
     sequence = _program(1)
     split = tl.program_id(2)
@@ -432,7 +407,6 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
 @jit
 def _inverse_rms(x, eps, WIDTH):
     return tl.rsqrt(_sums(x * x) / WIDTH + eps)
-
 @jit
 def _norm_gradient(g, n, r, WIDTH):
     """Of x, where n = x * r, r is as above, and g is the gradient of n."""
@@ -526,10 +500,8 @@ def _turn(x, c, s, HEADS, DIM):
     return x * c + other * s
 
 @jit
-def _qkv_rotary(
-    qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions, table_stride, eps, tokens,
-    GROUP: constexpr, HEADS: constexpr, DIM: constexpr,
-):
+def _qkv_rotary(qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions, table_stride, eps, tokens,
+                GROUP: constexpr, HEADS: constexpr, DIM: constexpr):
     """Forward it writes q and k. Backward, where there is a dqkv, q, k and v are the gradients of what came out."""
     BLOCK: constexpr = next_power_of_2(HEADS)
     part = tl.program_id(0)
@@ -785,12 +757,10 @@ def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
 # two that the answer lies between. Bytes are the limit, so a pass finds out three bits, not one.
 
 BLOCK = constexpr(1024)             # columns at a time, one a thread
-
 @jit
 def _scores(row, column, vocab, top, inverse):
     logit = tl.load(row + column, column < vocab, -float("inf")).to(tl.float32)
     return (logit - top) * inverse
-
 @jit
 def _lowest(row, vocab, low, need, top, inverse, COUNT):
     """The highest bound in [low, 0) that keeps `need`: so many, or this share of the probability that low keeps."""
@@ -807,12 +777,10 @@ def _lowest(row, vocab, low, need, top, inverse, COUNT):
         low = tl.max(tl.where(kept >= need, bounds, low))
         step /= 8
     return low
-
 @jit
 def _key(seed, position):
     """The upper half of a product of 64 bits, which depends on all of them."""
     return (seed * 0x5851F42D4C957F2D + position) * 0x14057B7EF767814F >> 32
-
 @jit
 def _mix(x):
     """"lowbias32" of C. Wellons' hash prospector, of 32 bits. (The reference calls both with 64-bit tensors.)"""
