@@ -1,16 +1,15 @@
 """kernels: Triton kernels and their plain twins.
 
 Each operation is a public function, a Triton kernel, a torch reference that states the mathematics, and why the kernel
-is fast: the bytes it moves, the operations it does, and which is the limit. A fast kernel reads each input once, keeps
-what it computes in registers, and writes each output once.
+is fast. A fast kernel reads each input once, keeps what it computes in registers, and writes each output once.
 
     HBM  4.8 TB/s  ------->  L2  ------->  shared memory  ------->  tensor cores, 990 TFLOP/s in bf16
                              50 MB         228 KB an SM             registers, 256 KB an SM (132 SMs of an H200)
 
 A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 one in fp32 takes the kernel, too;
-fp64 is for checking and always takes the reference. Forward, a row's result depends on this row alone, bit for bit: a
-model that generates, a few rows at a time, computes what it computes in training. Nothing waits for the GPU, so CUDA
-graphs can hold it. Backward passes use no atomics and repeat bit for bit.
+fp64 always takes the reference. Forward, a row's result depends on this row alone, bit for bit: what generates, a few
+rows at a time, computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can hold it. Backward
+passes use no atomics and repeat bit for bit.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
 """
@@ -30,7 +29,6 @@ from triton.language import constexpr       # known when a kernel is compiled; e
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # --- what all kernels share ------------------------------------------------------------------------------------------
-
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MASKED = constexpr(-1e30)           # the score of what is masked: finite, since -inf minus -inf would be NaN
 LOG2E = constexpr(1.4426950408889634)
@@ -109,17 +107,14 @@ def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
     tl.store(lse + entry, top + tl.log(mass))
 
 # --- flash attention: softmax(q k') v without the scores ever leaving the chip ---------------------------------------
-
 # FlashAttention-2 (Dao, arXiv 2307.08691): 2 * L * L * heads * dim operations forward, 2.5 times that backward,
 # thousands for every byte: the tensor cores are the limit, and beside them exp2 (for 128 x 128 scores at dim 128 the
-# products take 2048 cycles, exp2 1024). So: no masks but at the diagonal; the scale folded into the exponent; the
-# longest rows first, so that the last programs are short. One kernel owns queries (out, or dq), one owns keys (dk, dv):
-# each sums in registers in a fixed order, for 7 products backward instead of 5 with atomics. What a program has many of
-# comes by the copy engine, and the last tile of a sequence runs into the next one: keys from there are masked, queries
-# have a log-sum-exp of 1e30. What is read once is loaded by pointers, which leaves it in shared memory for the product.
+# products take 2048 cycles, exp2 1024). So: no masks but at the diagonal, the scale folded into the exponent, the
+# longest rows first. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed
+# order, for 7 products backward instead of 5 with atomics. What a program has many of comes by the copy engine, and the
+# last tile of a sequence runs into the next one: keys from there are masked, queries have a log-sum-exp of 1e30.
 
-STEP = constexpr(64)    # keys a step, forward and in paged attention (sums over keys have one order in both); or queries
-
+STEP = constexpr(64)        # keys (or queries) a step; in paged attention, too, so that sums have one order
 @jit
 def _halve(x, TIMES):
     """Adds the right half of the columns to the left half, so many times. Here the order of a sum is in the program;
@@ -167,7 +162,7 @@ def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends
     unit = scale * LOG2E
     at, inside = _rows(q_start, q_len, first, OWN, DIM)
     row = first + _down(OWN)
-    last_key = row + k_len - q_len                     # that a query sees: the last query sees every key
+    last_key = row + k_len - q_len                      # that a query sees: the last query sees every key
     full = (first + k_len - q_len + 1) // STEP * STEP   # all queries of the tile see the keys before this,
     stop = tl.minimum(first + k_len - q_len + OWN, k_len)               # and none of them those from here on
     slot = head * slots + _slot(q_start) + row
@@ -197,8 +192,7 @@ def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends
     if dout is None:
         total = _halve(mass, 5)                         # [OWN, 1]
         tl.store(out + at, acc / total, inside)
-        row_lse = (top[:, None] + tl.log2(total)) / unit
-        tl.store(lse + slot, row_lse, inside)
+        tl.store(lse + slot, (top[:, None] + tl.log2(total)) / unit, inside)
     else:
         tl.store(dq + at, acc * scale, inside)
 
@@ -245,14 +239,12 @@ def _attend(q, k, v, scale):
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))              # [1, heads, length, dim]
     out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
-
 def flash_attention_reference(q, k, v, q_ends, k_ends, scale=None):
     *queries, rest = q.tensor_split(q_ends.tolist()[1:])                # rest: tokens of no sequence
     keys = k.tensor_split(k_ends.tolist()[1:])
     values = v.tensor_split(k_ends.tolist()[1:])
     outs = [_attend(*x, scale) for x in zip(queries, keys, values)]
     return torch.cat([*outs, torch.zeros_like(rest)])
-
 def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
                     covered=False):
     """Causal attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens,
@@ -285,7 +277,7 @@ def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
     def forward(q, k, v):
         out = blank(q)
         slots = (len(q) // 128 + sequences + 1) * 128                   # see _slot
-        lse = _floats(q, heads, slots).fill_(-MASKED.value)              # past a sequence's end it weighs nothing backward
+        lse = _floats(q, heads, slots).fill_(-MASKED.value)    # past a sequence's end it weighs nothing backward
         queries(64 if dim == 128 else 128, q, k, v, out, lse, None, None, None, slots)
         return out, (q, k, v, out, lse)
     def backward(q, k, v, out, lse, dout):
@@ -299,13 +291,10 @@ def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
     return _Operation.apply(forward, backward, q, k, v)
 
 # --- paged attention: decoding against a cache in pages --------------------------------------------------------------
-
 # One query a sequence: 4 * group operations for every 4 bytes of cache, so the limit is reading the cache once. The
-# query heads of a group are the rows of one dot (padded to the 16 that the tensor cores want), so their keys are read
-# once, not once a head. A sequence can be split over several programs by its own length, which keeps all SMs reading
-# when the batch is small or uneven. With one split the arithmetic is that of flash attention, in the same order, so a
-# row's result is the same, too. The grid depends on shapes alone, never on lengths, so a CUDA graph can hold it.
-
+# query heads of a group are the rows of one dot (padded to the 16 that the tensor cores want). A sequence can be split
+# over several programs by its own length, which keeps all SMs reading when the batch is small; with one split the
+# arithmetic is that of flash attention, in the same order. The grid depends on shapes alone, for CUDA graphs.
 @jit
 def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_stride, scale,
                 GROUP: constexpr, DIM: constexpr, PAGE: constexpr):
@@ -348,7 +337,6 @@ def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, sc
         v = v_cache[pages].flatten(0, 1)[:length]
         outs.append(_attend(query[None], k, v, scale))
     return torch.cat(outs)
-
 def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, splits=None):
     """One token a sequence, q [batch, heads, dim], against caches [pages, page_size, kv_heads, dim]. Token t of
     sequence i is in page block_table[i, t // page_size] (int32 [batch, pages]; beyond the length it is not read).
@@ -361,7 +349,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     if splits is None:              # an SM gets up to 4 programs, but none less than 256 tokens of a full table
         most = 4 * PROCESSORS // (batch * kv_heads)
         most = min(most, _ceil(block_table.shape[1] * page, 256), 64)
-        splits = 1 << max(0, most.bit_length() - 1)
+        splits = next_power_of_2(max(1, most) + 1) // 2
     out = q.new_empty(q.shape)
     parts = out if splits == 1 else _floats(q, batch, heads, splits, dim)
     lses = _floats(q, batch, heads, splits)
@@ -373,7 +361,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     return out
 
 @jit
-def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, WIDTH: constexpr):
+def _store_kv(k, v, k_cache, v_cache, slots, k_stride, k_step, v_stride, v_step, WIDTH: constexpr):
     token = _program(0)
     slot = tl.load(slots + token).to(tl.int64)
     column = tl.arange(0, next_power_of_2(WIDTH))
@@ -381,8 +369,8 @@ def _store_kv(k, v, k_cache, v_cache, slots, k_stride, v_stride, WIDTH: constexp
     if slot < 0:
         return
     at = slot * WIDTH + column
-    tl.store(k_cache + at, tl.load(k + token * k_stride + column, mask), mask)
-    tl.store(v_cache + at, tl.load(v + token * v_stride + column, mask), mask)
+    tl.store(k_cache + at, tl.load(k + token * k_stride + column * k_step, mask), mask)
+    tl.store(v_cache + at, tl.load(v + token * v_stride + column * v_step, mask), mask)
 
 def store_kv(k, v, k_cache, v_cache, slot_mapping):
     """k, v [tokens, kv_heads, dim] into caches [pages, page_size, kv_heads, dim], in place: token i into slot
@@ -390,20 +378,19 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
     k = k.flatten(1)
     v = v.flatten(1)
     width = k.shape[1]
+    k_cache = k_cache.view(-1, width)
+    v_cache = v_cache.view(-1, width)
     if _on_triton(k):
-        _store_kv[(len(k),)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0), width)
+        _store_kv[(len(k),)](k, v, k_cache, v_cache, slot_mapping, *k.stride(), *v.stride(), width)
         return
     real = slot_mapping >= 0
-    for x, cache in ((k, k_cache), (v, v_cache)):
-        cache.view(-1, width)[slot_mapping[real]] = x[real]
+    k_cache[slot_mapping[real]] = k[real]
+    v_cache[slot_mapping[real]] = v[real]
 
 # --- rms norm --------------------------------------------------------------------------------------------------------
-
 # y = x / sqrt(mean(x^2) + eps) * weight. Forward reads x and writes y, 4 bytes an element in bf16 (8 with the residual,
-# 10 in two kernels); backward reads dy and x and writes dx: bytes are the limit. A tile of whole rows stays in
-# registers, so the second use of x is free. dweight is a sum over all rows: a fixed number of programs walks over
-# them, each sums in registers, and _add_up adds the programs up.
-
+# 10 in two kernels): bytes are the limit. A tile of whole rows stays in registers, so the second use of x is free. For
+# dweight, a sum over all rows, a fixed number of programs walks over them; each sums in registers, _add_up the programs.
 @jit
 def _inverse_rms(x, eps, WIDTH):
     return tl.rsqrt(_sums(x * x) / WIDTH + eps)
@@ -456,7 +443,6 @@ def rms_norm_reference(x, weight, eps=1e-6, residual=None):
     h = x if residual is None else x + residual
     out = F.rms_norm(h, weight.shape, weight.to(h.dtype), eps)          # h / sqrt(mean(h^2) + eps) * weight
     return out if residual is None else (out, h)
-
 def rms_norm(x, weight, eps=1e-6, residual=None):
     """Over the last axis. With a residual, x + residual is normalised, and (normalised, x + residual) returned."""
     if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
@@ -466,7 +452,7 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
     width = len(weight)
     rows = x.numel() // width
     block = next_power_of_2(width)
-    together = max(1, 2048 // block)                                               # rows of a tile, and 16 elements a thread
+    together = max(1, 2048 // block)        # rows of a tile, and 16 elements a thread
     warps = min(16, max(4, block // 512))
     def launch(programs, *tensors):
         _rms_norm[(programs,)](*tensors, rows, eps, width, together, num_warps=warps)
@@ -486,13 +472,10 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
     return _Operation.apply(forward, backward, x, weight, residual)
 
 # --- queries, keys and values: the norm of heads and rotary position embedding ---------------------------------------
-
 # Out of the one product that made them: q and k are normalised head by head (Qwen3; or not), then each pair (x[i],
-# x[i + dim / 2]) of a head is turned by the angle of its position (the halves of GPT-NeoX and Hugging Face, not
-# neighbours). v stays where it is. Reads and writes q and k once, 4 bytes an element: bytes are the limit. The
-# heads of a token are taken in parts of kv_heads: `GROUP` of queries and one of keys. A program walks over tokens with
-# one part, [heads, dim]; backward it sums up the gradient of the norm's weight in registers.
-
+# x[i + dim / 2]) of a head is turned by the angle of its position. v stays where it is. Reads and writes q and k once,
+# 4 bytes an element: bytes are the limit. The heads of a token are taken in parts of kv_heads: `GROUP` of queries and
+# one of keys. A program walks over tokens with one part, [heads, dim]; backward it sums up the norm's gradient.
 @jit
 def _turn(x, c, s, HEADS, DIM):
     """x * c + (the other one of each pair) * s."""
@@ -558,7 +541,6 @@ def qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm=None,
         a, b = x.chunk(2, -1)                   # in fp32, as the tables are
         return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
     return turned(q, q_norm), turned(k, k_norm), v
-
 def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=None, eps=1e-6):
     """q [tokens, heads, dim], k and v [tokens, kv_heads, dim] as attention wants them, out of the one product that made
     them, [tokens, (heads + 2 * kv_heads) * dim]; heads are a multiple of kv_heads. Tables are [max_positions, dim / 2],
@@ -569,8 +551,8 @@ def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=No
     dim = qkv.shape[1] // (heads + 2 * kv_heads)
     group = heads // kv_heads
     def launch(parts, programs, *tensors):
-        _qkv_rotary[parts, programs](
-            *tensors, cos, sin, positions, cos.stride(0), eps, tokens, group, kv_heads, dim, num_warps=1)
+        _qkv_rotary[parts, programs](*tensors, cos, sin, positions, cos.stride(0), eps, tokens, group, kv_heads, dim,
+                                     num_warps=1)
     def forward(qkv, q_norm, k_norm):
         q = qkv.new_empty(tokens, heads, dim)
         k = qkv.new_empty(tokens, kv_heads, dim)
@@ -589,10 +571,8 @@ def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=No
     return _Operation.apply(forward, backward, qkv, q_norm, k_norm)
 
 # --- swiglu ----------------------------------------------------------------------------------------------------------
-
 # silu(gate) * up, the halves of one product's output. Forward reads 4 bytes an output and writes 2; backward reads 6
 # and writes 4: bytes are the limit. The sigmoid is computed again, not kept: cheaper than its bytes.
-
 @jit
 def _swiglu(gate_up, dout, out, WIDTH: constexpr):
     row = _program(0)
@@ -612,7 +592,6 @@ def _swiglu(gate_up, dout, out, WIDTH: constexpr):
 def swiglu_reference(gate_up):
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
 def swiglu(gate_up):
     """[..., 2 * width], the gate first, to [..., width]."""
     if not _on_triton(gate_up):
@@ -630,7 +609,6 @@ def swiglu(gate_up):
     return _Operation.apply(forward, backward, gate_up)
 
 # --- linear cross entropy: the output head and the loss in one, without the logits -----------------------------------
-
 # 16k tokens x 152k words are 5 GB of logits in bf16, and the loss needs three numbers a token from them. With
 # y = hidden @ weight' / temperature and p = softmax(y): lse = log(sum(exp(y))), mean = sum(p * y), hit = y[target];
 #     logprob = hit - lse        dy[j] = p[j] * (dlse + dmean * (1 + y[j] - mean)) + (j == target) * dhit
@@ -641,7 +619,6 @@ def swiglu(gate_up):
 # all 4 products of 2 * tokens * vocab * width operations: tensor cores are the limit.
 
 SLICE = 2**18       # rows of dy, of 256 words each, that backward has at a time: 128 MB in bf16
-
 @jit
 def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, dy, words):
     """A tile of y. Forward: lse and mean of each row of it, and y at the target. Backward, where there is a dy: it is p
@@ -650,18 +627,17 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
     BK: constexpr = x.block_shape[1]
     BV: constexpr = weight.block_shape[0]
     part = tl.program_id(1)
-    row = tl.program_id(0) * BM + _down(BM)
-    column = part * BV + _across(BV)
-    inside = row < x.shape[0]
-    real = column < words
     y = _zeros(BM, BV)
     for k in range(0, x.shape[1], BK):
         x_tile = x.load([tl.program_id(0) * BM, k])
         y = _dot(x_tile, weight.load([part * BV, k]).T, y)
+    row = tl.program_id(0) * BM + _down(BM)
+    column = part * BV + _across(BV)
+    inside = row < x.shape[0]
     y *= _load(inverse + row, inside)
     target = tl.load(targets + row, inside, 0)
     if dy is None:
-        y = tl.where(real, y, MASKED)
+        y = tl.where(column < words, y, MASKED)
         own = _sums(tl.where(column == target, y, 0.0))
         tl.store(hit + row, own, inside & (target // BV == part))
         top = tl.max(y, 1)[:, None]
@@ -676,7 +652,7 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
         p = _exp(y - _load(lse + row, inside))
         y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
         y += tl.where(column == target, _load(of_target + row, inside), 0.0)
-        tl.store(dy + row.to(tl.int64) * words + column, y, inside & real)
+        tl.store(dy + row.to(tl.int64) * words + column, y, inside & (column < words))
 
 def _statistics(hidden, weight, targets, inverse):
     """lse, mean and hit of every row."""
@@ -709,7 +685,6 @@ def _statistics(hidden, weight, targets, inverse):
                 dx += dy @ words
         return dx.to(x.dtype), dweight
     return _Operation.apply(forward, backward, hidden, weight)
-
 def _statistics_reference(hidden, weight, targets, inverse):
     y = _wide(hidden) @ _wide(weight).T * inverse[:, None]
     mean = (y.softmax(1) * y).sum(1)
@@ -749,7 +724,6 @@ def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     return (hit - lse).clamp(max=0) * live, (lse - mean) * live
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-
 # An exponential race: with E[j] = -log(1 - u[j]), the largest log p[j] - log E[j] is a sample from p (Gumbel's trick).
 # u[j] is a hash of (seed, position, j), not the next number of a stream: whatever else is in the batch, the same
 # request gives the same tokens. One pass over the row finds its top, one samples, and sums up the probabilities on the
@@ -853,7 +827,6 @@ def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
     tokens = race.argmax(-1, keepdim=True)
     logprobs = kept.gather(1, tokens) * hot
     return tokens[:, 0], logprobs[:, 0], full.gather(1, tokens)[:, 0]
-
 def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=False):
     """Tokens [batch] (int64) and their logprobs under the distribution that they were sampled from: softmax(logits /
     temperature), the top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits
@@ -872,7 +845,6 @@ def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=Fals
     return found if return_full else found[:2]
 
 # --- the demo: every kernel against its twin, and on a GPU against the clock -----------------------------------------
-
 def both_ways(operation, *args):
     """What it returns, and the gradients of half the sum of its squares, of the arguments that want one."""
     outs = operation(*args)
@@ -896,17 +868,16 @@ def main():
     x = make(n, kv * dim)
     pages = make(2, n // 16, 16, kv, dim)
     table = torch.randperm(n // 16).int().view(-1, few // 64)           # [sequences, pages]
-    lengths = torch.full_like(table[:, 0], few // 4 - 3)
     print("the worst relative error against the twin in fp64; on a GPU also ms forward, and with the backward pass")
     for operation, *args in (
         (flash_attention, q, k, v, torch.tensor([0, few]).int(), None, few),
-        (paged_attention, q[:len(table)], *pages, table, lengths),
+        (paged_attention, q[:len(table)], *pages, table, torch.full_like(table[:, 0], few // 4 - 3)),
         (rms_norm, x, make(kv * dim)),
-        (qkv_rotary, make(n, 4 * kv * dim), 2 * kv, kv, angles.cos(), angles.sin(), rows, q[0, 0], q[0, 1]),
+        (qkv_rotary, make(n, 4 * kv * dim), 2 * kv, kv, angles.cos(), angles.sin(), rows, *q[0, :2]),
         (swiglu, make(n, 6 * kv * dim)),
         (linear_cross_entropy, x[:few], make(vocab, kv * dim) * 0.05, rows[:few]),
     ):
-        twins = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in args]
+        twins = [x.double() if getattr(x, "requires_grad", False) else x for x in args]
         pairs = zip(both_ways(operation, *args), both_ways(operation, *twins))
         worst = max((a - b).norm() / b.norm() for a, b in pairs)
         assert worst < (2e-2 if cuda else 1e-5), operation
