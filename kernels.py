@@ -37,9 +37,8 @@ PROCESSORS = 2 if INTERPRET else 132        # SMs of an H200: how many programs 
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that Hopper's copy engine reads it in)
 
 class _Operation(torch.autograd.Function):
-    """forward gives what the operation returns, and the tensors that backward gets before the gradients of that;
-    backward gives the gradients of the inputs. Both are functions inside the operation's and share its settings, but
-    none of its inputs: those would stay in memory even where a layer is to be run again."""
+    """forward returns the outputs and what backward gets before their gradients; backward returns those of the inputs.
+    Both stand inside their operation and share its settings, but none of its inputs, which would stay in memory."""
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
         outs, saved = forward(*(x if x is None else x.contiguous() for x in inputs))
@@ -51,21 +50,17 @@ class _Operation(torch.autograd.Function):
         gradients = (x.contiguous() for x in gradients)
         return None, None, *ctx.gradients(*ctx.saved_tensors, *gradients)
 
-def _on_triton(x):
-    """Whether the kernel takes it: not if it is empty, so that no kernel has to think of that."""
+def _on_triton(x):                  # whether the kernel takes it: nothing that is empty, so no kernel has to care
     fits = x.dtype != torch.float64 if x.is_cuda else INTERPRET and x.dtype == torch.float32
     return fits and x.numel() > 0
-def _wide(x):
-    """In the precision that references compute in: fp32, or fp64 if that is what came."""
+def _wide(x):                       # in the precision that references compute in: fp32, or fp64 if that is what came
     return x.to(torch.promote_types(x.dtype, torch.float32))
 def _ceil(a, b):                    # triton.cdiv takes 5 us a call
     return -(-a // b)
-def _floats(x, *shape):
-    """Space for numbers in fp32."""
+def _floats(x, *shape):             # space for numbers in fp32
     return x.new_empty(shape, dtype=torch.float32)
 @jit
-def _program(axis):
-    """In 64 bits, for what it is multiplied by."""
+def _program(axis):                 # in 64 bits, for what it is multiplied by
     return tl.program_id(axis).to(tl.int64)
 @jit
 def _down(SIZE):
@@ -77,12 +72,10 @@ def _across(SIZE):
 def _zeros(ROWS, COLUMNS):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
 @jit
-def _sums(x):
-    """Of rows, as a column."""
+def _sums(x):                       # of rows, as a column
     return tl.sum(x, 1)[:, None]
 @jit
-def _load(pointers, mask):
-    """In fp32, and zeros where it is masked."""
+def _load(pointers, mask):          # in fp32, and zeros where it is masked
     return tl.load(pointers, mask, 0.0).to(tl.float32)
 @jit
 def _dot(a, b, acc=None):
@@ -93,8 +86,7 @@ def _exp(x):
 
 @jit
 def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
-    """A softmax that was computed in parts, [entries, parts]: each part has the log of its sum of exp, and the means
-    [DIM] of something under itself. One program an entry."""
+    """A softmax in parts, [entries, parts]: each has the log of its sum of exp, and means [DIM] under itself."""
     entry = _program(0)
     part = _down(next_power_of_2(PARTS))
     at = entry * PARTS + part
@@ -113,7 +105,6 @@ def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
 # longest rows first. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed
 # order, for 7 products backward instead of 5 with atomics. What a program has many of comes by the copy engine, and the
 # last tile of a sequence runs into the next one: keys from there are masked, queries have a log-sum-exp of 1e30.
-
 STEP = constexpr(64)        # keys (or queries) a step; in paged attention, too, so that sums have one order
 @jit
 def _halve(x, TIMES):
@@ -130,11 +121,9 @@ def _weigh(scores, values, unit, acc, top, mass):
     new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     shrink = tl.exp2(top - new_top)[:, None]
     p = tl.exp2(scores * unit - new_top[:, None])                       # [rows, keys]
-    acc = _dot(p.to(values.dtype), values, acc * shrink)
-    return acc, new_top, mass * shrink + _halve(p, 1)
+    return _dot(p.to(values.dtype), values, acc * shrink), new_top, mass * shrink + _halve(p, 1)
 @jit
-def _sequence(ends):
-    """Where this program's sequence starts, and how long it is."""
+def _sequence(ends):                # where this program's sequence starts, and how long it is
     start = tl.load(ends + tl.program_id(1))
     return start, tl.load(ends + tl.program_id(1) + 1) - start
 @jit
@@ -144,8 +133,7 @@ def _rows(start, length, first, ROWS, DIM):
     token = (start + row).to(tl.int64)
     return (token * tl.num_programs(0) + tl.program_id(0)) * DIM + _across(DIM), row < length
 @jit
-def _slot(start):
-    """Where the sequence lies in lse and delta: from a multiple of 128 on, so that no tile has two owners."""
+def _slot(start):               # of the sequence in lse and delta: a multiple of 128, so that no tile has two owners
     return (start // 128 + tl.program_id(1)) * 128
 
 @jit
@@ -233,8 +221,7 @@ def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
     tl.store(dk + at, dk_acc * scale, inside)
     tl.store(dv + at, dv_acc, inside)
 
-def _attend(q, k, v, scale):
-    """One sequence, whose queries are its last tokens."""
+def _attend(q, k, v, scale):        # one sequence, whose queries are its last tokens
     seen = q.new_ones(len(q), len(k)).tril(len(k) - len(q)).bool()
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))              # [1, heads, length, dim]
     out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
@@ -249,9 +236,9 @@ def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
                     covered=False):
     """Causal attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens,
     kv_heads, dim], sequence i at [cu_seqlens[i], cu_seqlens[i + 1]) (int32). Without cu_seqlens_k it is that of q. A
-    sequence may have fewer queries than keys; they are then the last ones. Pass the longest lengths: without them
-    programs are started for sequences as long as all. scale is positive, by default dim ** -0.5. Tokens of no sequence
-    get zeros; covered=True says that there are none, which saves writing them."""
+    sequence may have fewer queries than keys; they are then the last ones. Pass the longest lengths, or programs are
+    started for sequences as long as all. scale is positive, by default dim ** -0.5. Tokens of no sequence get zeros;
+    covered=True says that there are none, which saves writing them."""
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q
@@ -320,8 +307,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_
         at = slot * (tl.num_programs(0) * DIM) + kv_head * DIM + dims
         k_tile = tl.load(k_cache + at, live)
         v_tile = tl.load(v_cache + at, live, 0.0)
-        scores = _dot(q_tile, k_tile.T)                                 # [ROWS, STEP]
-        scores = tl.where(live.T, scores, MASKED)
+        scores = tl.where(live.T, _dot(q_tile, k_tile.T), MASKED)       # [ROWS, STEP]
         acc, top, mass = _weigh(scores, v_tile, scale * LOG2E, acc, top, mass)
     total = _halve(mass, 5)
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
@@ -389,14 +375,10 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
 
 # --- rms norm --------------------------------------------------------------------------------------------------------
 # y = x / sqrt(mean(x^2) + eps) * weight. Forward reads x and writes y, 4 bytes an element in bf16 (8 with the residual,
-# 10 in two kernels): bytes are the limit. A tile of whole rows stays in registers, so the second use of x is free. For
-# dweight, a sum over all rows, a fixed number of programs walks over them; each sums in registers, _add_up the programs.
+# 10 in two kernels): bytes are the limit. A tile of whole rows stays in registers, so the second use of x is free.
+# dweight is a sum over all rows: a fixed number of programs walks over them, each sums in registers, then _add_up.
 @jit
-def _inverse_rms(x, eps, WIDTH):
-    return tl.rsqrt(_sums(x * x) / WIDTH + eps)
-@jit
-def _norm_gradient(g, n, r, WIDTH):
-    """Of x, where n = x * r, r is as above, and g is the gradient of n."""
+def _norm_gradient(g, n, r, WIDTH):  # of x, where n = x * r and g is the gradient of n
     return (g - n * (_sums(g * n) / WIDTH)) * r
 
 @jit
@@ -417,7 +399,7 @@ def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: co
             rounded = (h + _load(other + at, mask)).to(summed.dtype.element_ty)
             tl.store(summed + at, rounded, mask)
             h = rounded.to(tl.float32)
-        r = _inverse_rms(h, eps, WIDTH)
+        r = tl.rsqrt(_sums(h * h) / WIDTH + eps)
         n = h * r
         if dout is None:
             tl.store(out + at, n * w, mask)
@@ -435,9 +417,9 @@ def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: co
 @jit
 def _add_up(parts, out, count):
     """Each row of parts [.., count]. (torch's sum, and then a cast, make backward 3% slower.)"""
+    row = tl.program_id(0)
     at = tl.arange(0, 1024)
-    row = _load(parts + tl.program_id(0) * count + at, at < count)
-    tl.store(out + tl.program_id(0), tl.sum(row))
+    tl.store(out + row, tl.sum(_load(parts + row * count + at, at < count)))
 
 def rms_norm_reference(x, weight, eps=1e-6, residual=None):
     h = x if residual is None else x + residual
@@ -477,8 +459,7 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
 # 4 bytes an element: bytes are the limit. The heads of a token are taken in parts of kv_heads: `GROUP` of queries and
 # one of keys. A program walks over tokens with one part, [heads, dim]; backward it sums up the norm's gradient.
 @jit
-def _turn(x, c, s, HEADS, DIM):
-    """x * c + (the other one of each pair) * s."""
+def _turn(x, c, s, HEADS, DIM):     # x * c + (the other one of each pair) * s
     other = tl.flip(x.reshape(HEADS, 2, DIM // 2), 1).reshape(HEADS, DIM)
     return x * c + other * s
 
@@ -514,7 +495,7 @@ def _qkv_rotary(qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions,
         here = inside + token * (GROUP + 2) * HEADS * DIM
         x = _load(qkv + here, turned)
         if q_norm is not None:
-            r = _inverse_rms(x, eps, DIM)
+            r = tl.rsqrt(_sums(x * x) / DIM + eps)
             n = x * r
             x = n * w
         if dqkv is None:
@@ -557,8 +538,7 @@ def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=No
         q = qkv.new_empty(tokens, heads, dim)
         k = qkv.new_empty(tokens, kv_heads, dim)
         launch(group + 1, min(tokens, 2**15), qkv, q_norm, k_norm, q, k, None, None, None)
-        v = qkv.unflatten(1, (-1, dim))[:, heads + kv_heads:]
-        return (q, k, v), (qkv, q_norm, k_norm)
+        return (q, k, qkv.unflatten(1, (-1, dim))[:, heads + kv_heads:]), (qkv, q_norm, k_norm)
     def backward(qkv, q_norm, k_norm, dq, dk, dv):
         programs = 8 * PROCESSORS
         dqkv = torch.empty_like(qkv)
@@ -613,11 +593,9 @@ def swiglu(gate_up):
 # y = hidden @ weight' / temperature and p = softmax(y): lse = log(sum(exp(y))), mean = sum(p * y), hit = y[target];
 #     logprob = hit - lse        dy[j] = p[j] * (dlse + dmean * (1 + y[j] - mean)) + (j == target) * dhit
 #     entropy = lse - mean
-# Forward is a matrix product whose tiles are reduced in registers to their own lse and mean, which _merge puts
-# together; what a tile is does not depend on the number of rows. Backward makes the tiles again, for a slice of the
-# vocabulary at a time, turns them into dy, and leaves dy @ weight and dy' @ hidden to cuBLAS, both summed in fp32. In
-# all 4 products of 2 * tokens * vocab * width operations: tensor cores are the limit.
-
+# Forward is a matrix product whose tiles (the same for any number of rows) are reduced in registers to their own lse
+# and mean, which _merge puts together. Backward makes the tiles again, for a slice of the vocabulary at a time, turns
+# them into dy, and leaves dy @ weight and dy' @ hidden to cuBLAS, summed in fp32: tensor cores are the limit.
 SLICE = 2**18       # rows of dy, of 256 words each, that backward has at a time: 128 MB in bf16
 @jit
 def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, dy, words):
@@ -629,8 +607,7 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
     part = tl.program_id(1)
     y = _zeros(BM, BV)
     for k in range(0, x.shape[1], BK):
-        x_tile = x.load([tl.program_id(0) * BM, k])
-        y = _dot(x_tile, weight.load([part * BV, k]).T, y)
+        y = _dot(x.load([tl.program_id(0) * BM, k]), weight.load([part * BV, k]).T, y)
     row = tl.program_id(0) * BM + _down(BM)
     column = part * BV + _across(BV)
     inside = row < x.shape[0]
@@ -654,8 +631,7 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
         y += tl.where(column == target, _load(of_target + row, inside), 0.0)
         tl.store(dy + row.to(tl.int64) * words + column, y, inside & (column < words))
 
-def _statistics(hidden, weight, targets, inverse):
-    """lse, mean and hit of every row."""
+def _statistics(hidden, weight, targets, inverse):  # lse, mean and hit of every row
     BM, BV, BK = (64, 64, 32) if hidden.itemsize == 4 else (128, 256, 64)
     targets = targets.int()
     def launch(x, weight, *tensors):
@@ -669,8 +645,7 @@ def _statistics(hidden, weight, targets, inverse):
         _merge[(len(x),)](lses, means, lse, mean, parts, 1)
         return (lse, mean, hit), (x, weight, lse, mean)
     def backward(x, weight, lse, mean, dlse, dmean, dhit):
-        of_p = inverse * (dlse + dmean * (1 - mean))
-        rows = lse, None, None, of_p, inverse * dmean, inverse * dhit
+        rows = lse, None, None, inverse * (dlse + dmean * (1 - mean)), inverse * dmean, inverse * dhit
         dx = torch.zeros_like(x, dtype=torch.float32)
         dweight = torch.empty_like(weight)
         step = 256 * _ceil(SLICE, len(x))
@@ -687,8 +662,7 @@ def _statistics(hidden, weight, targets, inverse):
     return _Operation.apply(forward, backward, hidden, weight)
 def _statistics_reference(hidden, weight, targets, inverse):
     y = _wide(hidden) @ _wide(weight).T * inverse[:, None]
-    mean = (y.softmax(1) * y).sum(1)
-    return y.logsumexp(1), mean, y.gather(1, targets[:, None])[:, 0]
+    return y.logsumexp(1), (y.softmax(1) * y).sum(1), y.gather(1, targets[:, None])[:, 0]
 
 def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     """The logprob of each target, and the entropy, under softmax(hidden @ weight' / temperature): both [tokens] in
@@ -713,28 +687,23 @@ def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     lse, mean, hit = statistics(hidden, weight, target, inverse)
     if group is not None:
         own = torch.stack([lse, mean, hit * (target == targets - first)])           # 0 if it is not here
-        parts = list(torch.empty(vocab // words, *own.shape).to(own))
+        parts = [torch.empty_like(own) for _ in range(vocab // words)]
         dist.all_gather(parts, own.detach(), group)
         parts[first // words] = own                     # gradients flow into this rank's own
         lse, mean, hit = torch.stack(parts, 1)          # [ranks, tokens] each
-        mean = (lse.softmax(0) * mean).sum(0)
-        lse = lse.logsumexp(0)
-        hit = hit.sum(0)
+        lse, mean, hit = lse.logsumexp(0), (lse.softmax(0) * mean).sum(0), hit.sum(0)
     live = (targets >= 0).to(lse.dtype).where(targets < vocab, torch.nan)
     return (hit - lse).clamp(max=0) * live, (lse - mean) * live
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 # An exponential race: with E[j] = -log(1 - u[j]), the largest log p[j] - log E[j] is a sample from p (Gumbel's trick).
-# u[j] is a hash of (seed, position, j), not the next number of a stream: whatever else is in the batch, the same
-# request gives the same tokens. One pass over the row finds its top, one samples, and sums up the probabilities on the
-# way. Top-k and top-p need the lowest score that is kept: a search that tries 8 bounds in one pass, then 8 between the
-# two that the answer lies between. Bytes are the limit, so a pass finds out three bits, not one.
-
+# u[j] is a hash of (seed, position, j): whatever else is in the batch, the same request gives the same tokens. One pass
+# over the row finds its top, one samples and sums up the probabilities. Top-k and top-p need the lowest score that is
+# kept: a search that tries 8 bounds in one pass, then 8 between the two that the answer lies between: 3 bits a pass.
 BLOCK = constexpr(1024)             # columns at a time, one a thread
 @jit
 def _scores(row, column, vocab, top, inverse):
-    logit = tl.load(row + column, column < vocab, -float("inf")).to(tl.float32)
-    return (logit - top) * inverse
+    return (tl.load(row + column, column < vocab, -float("inf")).to(tl.float32) - top) * inverse
 @jit
 def _lowest(row, vocab, low, need, top, inverse, COUNT):
     """The highest bound in [low, 0) that keeps `need`: so many, or this share of the probability that low keeps."""
@@ -752,8 +721,7 @@ def _lowest(row, vocab, low, need, top, inverse, COUNT):
         step /= 8
     return low
 @jit
-def _key(seed, position):
-    """The upper half of a product of 64 bits, which depends on all of them."""
+def _key(seed, position):           # the upper half of a product of 64 bits, which depends on all of them
     return (seed * 0x5851F42D4C957F2D + position) * 0x14057B7EF767814F >> 32
 @jit
 def _mix(x):
@@ -765,8 +733,8 @@ def _mix(x):
 
 @jit
 def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprobs, full_logprobs, vocab):
-    program = tl.program_id(0)
-    row = logits + program.to(tl.int64) * vocab
+    program = _program(0)
+    row = logits + program * vocab
     heat = tl.load(temperature + program)
     luck = heat > 0                                         # none: greedy, and otherwise as at temperature 1
     inverse = LOG2E / tl.where(luck, heat, 1.0)
@@ -775,7 +743,6 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
     for first in range(0, vocab, BLOCK):
         best = tl.maximum(best, _scores(row, first + lanes, vocab, 0.0, 1.0))
     top = tl.max(best)
-
     low = tl.full([], -64.0, tl.float32)                    # what is 64 bits below the top has no probability
     k = tl.load(top_k + program).to(tl.float32)
     if k > 0:
@@ -783,9 +750,8 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
     nucleus = tl.load(top_p + program)
     if nucleus < 1:
         low = _lowest(row, vocab, low, nucleus, top, inverse, False)
-
     key = _key(tl.load(seeds + program), tl.load(positions + program)).to(tl.uint32)
-    full = _zeros(1, BLOCK)                    # each lane keeps its own sums, and the winner of its race
+    full = _zeros(1, BLOCK)                                 # each lane keeps its own sums, and the winner of its race
     kept = _zeros(1, BLOCK)
     best = _zeros(1, BLOCK) + MASKED
     token = lanes
@@ -828,11 +794,11 @@ def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
     logprobs = kept.gather(1, tokens) * hot
     return tokens[:, 0], logprobs[:, 0], full.gather(1, tokens)[:, 0]
 def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=False):
-    """Tokens [batch] (int64) and their logprobs under the distribution that they were sampled from: softmax(logits /
-    temperature), the top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits
-    stay or go together. With return_full also the logprobs under all of softmax(logits / temperature), which is what
-    training wants. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
-    logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
+    """Tokens [batch] (int64) and their logprobs under what they were sampled from: softmax(logits / temperature), the
+    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits stay or go
+    together. With return_full also the logprobs under all of softmax(logits / temperature), for training. temperature,
+    top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest, logprob 0, the full one at
+    temperature 1. seeds and positions [batch] (int64) are all the randomness."""
     zeros = torch.zeros_like(seeds)
     settings = zeros.float() + temperature, zeros + top_k, zeros.float() + top_p, seeds, positions
     if _on_triton(logits):
@@ -852,8 +818,7 @@ def both_ways(operation, *args):
     if not outs[0].requires_grad:
         return outs
     inputs = [x for x in args if getattr(x, "requires_grad", False)]
-    seeds = [x.detach().contiguous() for x in outs]
-    return *outs, *torch.autograd.grad(outs, inputs, seeds)
+    return *outs, *torch.autograd.grad(outs, inputs, [x.detach().contiguous() for x in outs])
 
 def main():
     cuda = torch.cuda.is_available()

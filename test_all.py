@@ -1232,12 +1232,11 @@ def kernel_cases(device="cpu", dtype=torch.float32):
     cases = {}
 
     def case(variant, operation, *args):
-        placed = []
-        for x in args:
+        args = list(args)
+        for i, x in enumerate(args):
             if torch.is_tensor(x):
-                x = x.to(device, dtype if x.requires_grad else x.dtype)
-            placed.append(x)
-        cases[f"{operation.__name__} {variant}"] = operation, placed
+                args[i] = x.to(device, dtype if x.requires_grad else x.dtype)
+        cases[f"{operation.__name__} {variant}"] = operation, args
 
     for dim, heads, kv_heads, queries, keys in (
         (64, 4, 2, [1, 63, 65], [1, 63, 65]),
@@ -1264,7 +1263,6 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         case([heads, "norms"], K.qkv_rotary, qkv, heads, kv_heads, *tables, *randn(2, dim))
 
     for rows, vocab, width, temperature in (
-        (70, 304, 80, 0.7),
         (1, 257, 64, 0.7),
         (130, 600, 96, torch.linspace(0.5, 1.5, 130)),
     ):
@@ -1303,12 +1301,14 @@ def draws_the_same(device="cpu"):
 
 def stores_in_place(device="cpu"):
     cache = torch.zeros(2, 80, 3, 64, device=device)
-    new = torch.randn(4, 6, 64, device=device)
-    slots = torch.tensor([3, -1, 79, 16], device=device)
-    K.store_kv(*new.split(3, 1), *cache.view(2, 5, 16, 3, 64), slots)
-    new[1] = new[2]                                                     # -1 is nowhere; read, it is the last slot
-    stored = torch.cat([*cache[:, slots]], 1)
-    return torch.equal(stored, new) and cache.count_nonzero().item() == 3 * 6 * 64
+    want = cache.clone()
+    k, v = torch.randn(4, 6, 64, device=device).split(3, 1)
+    for slot, row in ((3, 0), (79, 2), (16, 3)):
+        want[0, slot] = k[row]
+        want[1, slot] = v[row]
+    slots = torch.tensor([3, -1, 79, 16], device=device)                # -1 is nowhere
+    K.store_kv(k, v, *cache.view(2, 5, 16, 3, 64), slots)
+    return torch.equal(cache, want)
 
 
 def check_kernels(device, dtype, bound):
@@ -1431,8 +1431,6 @@ def test_a_request_gets_the_same_tokens_in_any_batch():
         again = K.sample(*(x[some] for x in (logits, *settings, positions)))
         assert torch.equal(again[0], tokens[some])
         assert torch.equal(again[1], logprobs[some])
-    moved, _ = K.sample(logits, *settings, positions + 1)
-    assert (moved != tokens).sum() >= 3                                 # another position, another draw
 
 
 # On a GPU: the same bits in whatever company.
