@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # --- what all kernels share ------------------------------------------------------------------------------------------
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MASKED = constexpr(-1e30)           # the score of what is masked: finite, since -inf minus -inf would be NaN
-LOG2E = constexpr(1.4426950408889634)
+LOG2E = constexpr(1.4426950408889634)       # tl.exp takes twice as long as tl.exp2
 LN2 = constexpr(0.6931471805599453)
 PROCESSORS = 2 if INTERPRET else 132        # SMs of an H200: how many programs walk over rows
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that Hopper's copy engine reads it in)
@@ -80,9 +80,6 @@ def _load(pointers, mask):          # in fp32, and zeros where it is masked
 @jit
 def _dot(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="tf32x3")      # of fp32: three products of tf32's 10 bits
-@jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)                               # tl.exp takes twice as long, for numbers below 1e-38
 
 @jit
 def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
@@ -92,7 +89,7 @@ def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
     at = entry * PARTS + part
     own = tl.load(lses + at, part < PARTS, MASKED)                      # [parts, 1]
     top = tl.max(own)
-    weight = _exp(own - top)
+    weight = tl.exp2((own - top) * LOG2E)
     mass = tl.sum(weight)
     total = tl.sum(weight * _load(means + at * DIM + _across(DIM), part < PARTS), 0)
     tl.store(mean + entry * DIM + tl.arange(0, DIM), total / mass)
@@ -150,9 +147,9 @@ def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends
     unit = scale * LOG2E
     at, inside = _rows(q_start, q_len, first, OWN, DIM)
     row = first + _down(OWN)
-    last_key = row + k_len - q_len                      # that a query sees: the last query sees every key
-    full = (first + k_len - q_len + 1) // STEP * STEP   # all queries of the tile see the keys before this,
-    stop = tl.minimum(first + k_len - q_len + OWN, k_len)               # and none of them those from here on
+    offset = k_len - q_len                              # query i sees key j if j <= i + offset
+    full = (first + offset + 1) // STEP * STEP          # all queries of the tile see the keys before this,
+    stop = tl.minimum(first + offset + OWN, k_len)      # and none of them those from here on
     slot = head * slots + _slot(q_start) + row
     q_tile = tl.load(q + at, inside)
     acc = _zeros(OWN, DIM)
@@ -170,7 +167,7 @@ def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends
             v_tile = v.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
             scores = _dot(q_tile, k_tile.T)             # [OWN, STEP]
             if masked:
-                scores = tl.where(n + _across(STEP) <= last_key, scores, MASKED)
+                scores = tl.where(n + _across(STEP) <= row + offset, scores, MASKED)
             if dout is None:
                 acc, top, mass = _weigh(scores, v_tile, unit, acc, top, mass)
             else:
@@ -197,7 +194,7 @@ def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
         return
     at, inside = _rows(k_start, k_len, first, OWN, DIM)
     slot = _slot(q_start)
-    offset = k_len - q_len                              # query i sees key j if j <= i + offset
+    offset = k_len - q_len
     low = tl.maximum(first - offset, 0) // STEP * STEP
     full = tl.minimum(tl.maximum(first - offset + OWN - 1, 0), q_len)
     full = tl.cdiv(full, STEP) * STEP                   # from here on all queries see all keys of the tile
@@ -378,10 +375,6 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
 # 10 in two kernels): bytes are the limit. A tile of whole rows stays in registers, so the second use of x is free.
 # dweight is a sum over all rows: a fixed number of programs walks over them, each sums in registers, then _add_up.
 @jit
-def _norm_gradient(g, n, r, WIDTH):  # of x, where n = x * r and g is the gradient of n
-    return (g - n * (_sums(g * n) / WIDTH)) * r
-
-@jit
 def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: constexpr, TOGETHER: constexpr):
     """Forward: other, if there is one, is the residual, and x + other goes into summed. Backward, where there is a
     dout: x is what was normalised, out its gradient, and other what is added to that."""
@@ -406,7 +399,8 @@ def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: co
         else:
             dy = _load(dout + at, mask)
             total += dy * n
-            grad = _norm_gradient(dy * w, n, r, WIDTH)
+            g = dy * w                                                  # the gradient of n
+            grad = (g - n * (_sums(g * n) / WIDTH)) * r
             if other is not None:
                 grad += _load(other + at, mask)
             tl.store(out + at, grad, mask)
@@ -505,7 +499,8 @@ def _qkv_rotary(qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions,
             dx = _turn(dy, c, -s, BLOCK, DIM)
             if q_norm is not None:
                 total += dx * n
-                dx = _norm_gradient(dx * w, n, r, DIM)
+                g = dx * w
+                dx = (g - n * (_sums(g * n) / DIM)) * r
             tl.store(dqkv + here, tl.where(turned, dx, dy), mask)
     if dqkv is not None:
         program = part * tl.num_programs(1) + tl.program_id(1)
@@ -561,7 +556,7 @@ def _swiglu(gate_up, dout, out, WIDTH: constexpr):
     at = row * 2 * WIDTH + column
     gate = _load(gate_up + at, mask)
     up = _load(gate_up + at + WIDTH, mask)
-    sigmoid = 1 / (1 + _exp(-gate))
+    sigmoid = 1 / (1 + tl.exp2(-gate * LOG2E))
     if dout is None:
         tl.store(out + row * WIDTH + column, gate * sigmoid * up, mask)
     else:                                                               # out is the gradient of gate_up
@@ -619,14 +614,14 @@ def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, d
         tl.store(hit + row, own, inside & (target // BV == part))
         top = tl.max(y, 1)[:, None]
         y -= top
-        p = _exp(y)
+        p = tl.exp2(y * LOG2E)
         mass = _sums(p)
         total = _sums(p * y)
         at = row.to(tl.int64) * tl.num_programs(1) + part
         tl.store(lse + at, top + tl.log(mass), inside)
         tl.store(mean + at, top + total / mass, inside)
     else:
-        p = _exp(y - _load(lse + row, inside))
+        p = tl.exp2((y - _load(lse + row, inside)) * LOG2E)
         y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
         y += tl.where(column == target, _load(of_target + row, inside), 0.0)
         tl.store(dy + row.to(tl.int64) * words + column, y, inside & (column < words))
