@@ -330,8 +330,7 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     if splits is None:              # an SM gets up to 4 programs, but none less than 256 tokens of a full table
-        most = 4 * PROCESSORS // (batch * kv_heads)
-        most = min(most, _ceil(block_table.shape[1] * page, 256), 64)
+        most = min(4 * PROCESSORS // (batch * kv_heads), _ceil(block_table.shape[1] * page, 256), 64)
         splits = next_power_of_2(max(1, most) + 1) // 2
     out = q.new_empty(q.shape)
     parts = out if splits == 1 else _floats(q, batch, heads, splits, dim)

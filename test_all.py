@@ -1209,8 +1209,7 @@ def ends_of(lengths, device="cpu"):
 
 def relative_error(a, b):
     """Of a, where b is in fp64; infinite if anything is not a number."""
-    error = (a - b).norm() / b.norm().clamp(min=1e-300)
-    return error.nan_to_num(math.inf).item()
+    return ((a - b).norm() / b.norm().clamp(min=1e-300)).nan_to_num(math.inf).item()
 
 
 def in_pages(lengths, kv_heads, dim, page):
