@@ -1,21 +1,19 @@
 """kernels: Triton kernels and their plain twins.
 
 Each operation is a public function, a Triton kernel, a torch reference that states the mathematics, and why the kernel
-is fast: the bytes it moves, the operations it does, and which is the limit. A fast kernel reads each input once, keeps
-what it computes in registers, and writes each output once.
+is fast. A fast kernel reads each input once, keeps what it computes in registers, and writes each output once.
 
     HBM  4.8 TB/s  ------->  L2  ------->  shared memory  ------->  tensor cores, 990 TFLOP/s in bf16
                              50 MB         228 KB an SM             registers, 256 KB an SM (132 SMs of an H200)
 
-A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 a CPU tensor in fp32 takes the
-kernel, too. fp64 is for checking and always takes the reference. Forward, a row's result depends on this row alone, bit
-for bit, so a model that generates, a few rows at a time, computes what it computes in training; and nothing waits for
-the GPU, so CUDA graphs can hold it. Backward passes use no atomics and repeat bit for bit.
+A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 one in fp32 takes the kernel, too;
+fp64 always takes the reference. Forward, a row's result depends on this row alone, bit for bit: what generates, a few
+rows at a time, computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can hold it. Backward
+passes use no atomics and repeat bit for bit.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
 """
 import os
-import sys
 from functools import partial
 
 import torch
@@ -26,105 +24,86 @@ if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"        # read by triton when a kernel is defined, so set before the import
 import triton
 import triton.language as tl
+from triton import jit, next_power_of_2
 from triton.language import constexpr       # known when a kernel is compiled; each value makes another kernel
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 # --- what all kernels share ------------------------------------------------------------------------------------------
-
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 MASKED = constexpr(-1e30)           # the score of what is masked: finite, since -inf minus -inf would be NaN
-LOG2E = constexpr(1.4426950408889634)
+LOG2E = constexpr(1.4426950408889634)       # tl.exp takes twice as long as tl.exp2
 LN2 = constexpr(0.6931471805599453)
-PROCESSORS = 132                    # SMs of an H200: how many programs a kernel starts that walks over its rows
+PROCESSORS = 2 if INTERPRET else 132        # SMs of an H200: how many programs walk over rows
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that Hopper's copy engine reads it in)
 
 class _Operation(torch.autograd.Function):
-    """forward gives what the operation returns, and the tensors that backward gets before the gradients of that;
-    backward gives the gradients of the inputs. Both are functions inside the operation's and share its settings, but
-    none of its inputs: those would stay in memory even where a layer is to be run again."""
-
+    """forward returns the outputs and what backward gets before their gradients; backward returns those of the inputs.
+    Both stand inside their operation and share its settings, but none of its inputs, which would stay in memory."""
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
         outs, saved = forward(*(x if x is None else x.contiguous() for x in inputs))
         ctx.save_for_backward(*saved)
         ctx.gradients = backward
         return outs
-
     @staticmethod
     def backward(ctx, *gradients):
         gradients = (x.contiguous() for x in gradients)
         return None, None, *ctx.gradients(*ctx.saved_tensors, *gradients)
 
-def _on_triton(x):
-    """Whether the kernel takes it: not if it is empty, so that no kernel has to think of that."""
+def _on_triton(x):                  # whether the kernel takes it: nothing that is empty, so no kernel has to care
     fits = x.dtype != torch.float64 if x.is_cuda else INTERPRET and x.dtype == torch.float32
     return fits and x.numel() > 0
-
-def _wide(x):
-    """In the precision that references compute in: fp32, or fp64 if that is what came."""
+def _wide(x):                       # in the precision that references compute in: fp32, or fp64 if that is what came
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def _ceil(a, b):                    # triton.cdiv takes 5 us a call
     return -(-a // b)
-
-@triton.jit
+def _floats(x, *shape):             # space for numbers in fp32
+    return x.new_empty(shape, dtype=torch.float32)
+@jit
+def _program(axis):                 # in 64 bits, for what it is multiplied by
+    return tl.program_id(axis).to(tl.int64)
+@jit
 def _down(SIZE):
     return tl.arange(0, SIZE)[:, None]
-
-@triton.jit
+@jit
 def _across(SIZE):
     return tl.arange(0, SIZE)[None, :]
-
-@triton.jit
+@jit
 def _zeros(ROWS, COLUMNS):
     return tl.zeros([ROWS, COLUMNS], tl.float32)
-
-@triton.jit
-def _load(pointers, mask):
-    """In fp32, and zeros where it is masked."""
+@jit
+def _sums(x):                       # of rows, as a column
+    return tl.sum(x, 1)[:, None]
+@jit
+def _load(pointers, mask):          # in fp32, and zeros where it is masked
     return tl.load(pointers, mask, 0.0).to(tl.float32)
-
-@triton.jit
+@jit
 def _dot(a, b, acc=None):
     return tl.dot(a, b, acc, input_precision="tf32x3")      # of fp32: three products of tf32's 10 bits
 
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * LOG2E)                               # tl.exp takes twice as long, for numbers below 1e-38
-
-@triton.jit
-def _merge(lses, means, lse, mean, parts, PARTS: constexpr, DIM: constexpr):
-    """A softmax that was computed in parts, [entries, parts]: each part has the log of its sum of exp, and the means
-    [DIM] of something under itself. One program an entry."""
-    entry = tl.program_id(0).to(tl.int64)
-    part = _down(PARTS)
-    at = entry * parts + part
-    own = tl.load(lses + at, part < parts, MASKED)                      # [PARTS, 1]
+@jit
+def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
+    """A softmax in parts, [entries, parts]: each has the log of its sum of exp, and means [DIM] under itself."""
+    entry = _program(0)
+    part = _down(next_power_of_2(PARTS))
+    at = entry * PARTS + part
+    own = tl.load(lses + at, part < PARTS, MASKED)                      # [parts, 1]
     top = tl.max(own)
-    weight = _exp(own - top)
+    weight = tl.exp2((own - top) * LOG2E)
     mass = tl.sum(weight)
-    total = tl.sum(weight * _load(means + at * DIM + _across(DIM), part < parts), 0)
+    total = tl.sum(weight * _load(means + at * DIM + _across(DIM), part < PARTS), 0)
     tl.store(mean + entry * DIM + tl.arange(0, DIM), total / mass)
     tl.store(lse + entry, top + tl.log(mass))
 
 # --- flash attention: softmax(q k') v without the scores ever leaving the chip ---------------------------------------
-
 # FlashAttention-2 (Dao, arXiv 2307.08691): 2 * L * L * heads * dim operations forward, 2.5 times that backward,
 # thousands for every byte: the tensor cores are the limit, and beside them exp2 (for 128 x 128 scores at dim 128 the
-# products take 2048 cycles, exp2 1024). So: no masks but at the diagonal; the scale folded into the exponent; the
-# longest rows first, so that the last programs are short; the heads of a group side by side, so that they find their
-# keys in L2. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed order, for
-# 7 products backward instead of 5 with atomics. Tiles are BM queries by BN keys. What a program has many of comes by
-# the copy engine, and the last tile of a sequence runs into the next one: keys from there are masked, queries have a
-# log-sum-exp of 1e30. What is read once is loaded by pointers, which leaves it in shared memory for the product.
-
-KEYS = 64           # a tile, forward and in paged attention: sums over keys have one order in both
-
-def _tiles(x, queries, keys):
-    """Of fp32, which takes three products and twice the space, less."""
-    return (32, KEYS) if x.itemsize == 4 else (queries, keys)
-
-@triton.jit
+# products take 2048 cycles, exp2 1024). So: no masks but at the diagonal, the scale folded into the exponent, the
+# longest rows first. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed
+# order, for 7 products backward instead of 5 with atomics. What a program has many of comes by the copy engine, and the
+# last tile of a sequence runs into the next one: keys from there are masked, queries have a log-sum-exp of 1e30.
+STEP = constexpr(64)        # keys (or queries) a step; in paged attention, too, so that sums have one order
+@jit
 def _halve(x, TIMES):
     """Adds the right half of the columns to the left half, so many times. Here the order of a sum is in the program;
     that of tl.sum follows from where a tile lies in registers, which differs from kernel to kernel."""
@@ -132,139 +111,131 @@ def _halve(x, TIMES):
         left, right = tl.split(x.reshape(x.shape[0], 2, x.shape[1] // 2).permute(0, 2, 1))
         x = left + right
     return x
-
-@triton.jit
-def _weigh(scores, values, scale, acc, top, mass):
-    """A step of the online softmax, y = scores * scale * LOG2E: top is the largest y so far, acc the sum of exp2(y -
-    top) * values, mass that of exp2(y - top), in 32 columns that _halve adds up at the end."""
-    new_top = tl.maximum(top, tl.max(scores, 1) * (scale * LOG2E))
+@jit
+def _weigh(scores, values, unit, acc, top, mass):
+    """A step of the online softmax, y = scores * unit: top is the largest y so far, acc the sum of exp2(y - top) *
+    values, mass that of exp2(y - top), in 32 columns that _halve adds up at the end."""
+    new_top = tl.maximum(top, tl.max(scores, 1) * unit)
     shrink = tl.exp2(top - new_top)[:, None]
-    p = tl.exp2(scores * (scale * LOG2E) - new_top[:, None])            # [rows, keys]
+    p = tl.exp2(scores * unit - new_top[:, None])                       # [rows, keys]
     return _dot(p.to(values.dtype), values, acc * shrink), new_top, mass * shrink + _halve(p, 1)
-
-@triton.jit
-def _sequence(ends):
-    """Where this program's sequence starts, and how long it is."""
+@jit
+def _sequence(ends):                # where this program's sequence starts, and how long it is
     start = tl.load(ends + tl.program_id(1))
     return start, tl.load(ends + tl.program_id(1) + 1) - start
-
-@triton.jit
+@jit
 def _rows(start, length, first, ROWS, DIM):
     """Where rows of this program's head are, from `first` in the sequence on, and which exist."""
     row = first + _down(ROWS)
     token = (start + row).to(tl.int64)
     return (token * tl.num_programs(0) + tl.program_id(0)) * DIM + _across(DIM), row < length
-
-@triton.jit
-def _slot(start):
-    """Where the sequence lies in lse and delta: from a multiple of 128 on, so that no tile has two owners."""
+@jit
+def _slot(start):               # of the sequence in lse and delta: a multiple of 128, so that no tile has two owners
     return (start // 128 + tl.program_id(1)) * 128
 
-@triton.jit
+@jit
 def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends, scale,
-                       GROUP: constexpr, DIM: constexpr, BM: constexpr, BN: constexpr):
+                       GROUP: constexpr, DIM: constexpr, OWN: constexpr):
     """Forward: out, and the log-sum-exp in units of q k', unscaled. Backward, where there is a dout: dq = scale * sum
     over keys of ds k, where ds = p * (dout v' - delta) and delta = sum(out * dout)."""
     head = tl.program_id(0)
-    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * BM            # the longest rows first
+    first = (tl.num_programs(2) - 1 - tl.program_id(2)) * OWN           # the longest rows first
     q_start, q_len = _sequence(q_ends)
     k_start, k_len = _sequence(k_ends)
     if first >= q_len:
         return
-    at, inside = _rows(q_start, q_len, first, BM, DIM)
-    rows = first + tl.arange(0, BM)
-    last_key = rows + k_len - q_len                     # that a query sees: the last query sees every key
-    full = (first + k_len - q_len + 1) // BN * BN       # all queries of the tile see the keys before this,
-    stop = tl.minimum(first + k_len - q_len + BM, k_len)                # and none of them those from here on
-    slot = head * slots + _slot(q_start) + rows
-    q_tile = tl.load(q + at, inside, 0.0)
-    acc = _zeros(BM, DIM)
+    unit = scale * LOG2E
+    at, inside = _rows(q_start, q_len, first, OWN, DIM)
+    row = first + _down(OWN)
+    offset = k_len - q_len                              # query i sees key j if j <= i + offset
+    full = (first + offset + 1) // STEP * STEP          # all queries of the tile see the keys before this,
+    stop = tl.minimum(first + offset + OWN, k_len)      # and none of them those from here on
+    slot = head * slots + _slot(q_start) + row
+    q_tile = tl.load(q + at, inside)
+    acc = _zeros(OWN, DIM)
     if dout is None:
-        top = tl.full([BM], MASKED, tl.float32)
-        mass = _zeros(BM, BN // 2)
+        top = tl.full([OWN], MASKED, tl.float32)
+        mass = _zeros(OWN, STEP // 2)
     else:
-        dout_tile = tl.load(dout + at, inside, 0.0)
-        row_delta = tl.sum(_load(out + at, inside) * dout_tile, 1)
-        row_lse = tl.load(lse + slot) * (scale * LOG2E)
+        dout_tile = tl.load(dout + at, inside)
+        row_delta = _sums(_load(out + at, inside) * dout_tile)
+        row_lse = tl.load(lse + slot) * unit
         tl.store(delta + slot, row_delta)
     for masked in tl.static_range(2):
-        for n in range(full if masked else 0, stop if masked else full, BN):
-            k_tile = k.load([k_start + n, head // GROUP, 0]).reshape(BN, DIM)
-            v_tile = v.load([k_start + n, head // GROUP, 0]).reshape(BN, DIM)
-            scores = _dot(q_tile, k_tile.T)                             # [BM, BN]
+        for n in range(full if masked else 0, stop if masked else full, STEP):
+            k_tile = k.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
+            v_tile = v.load([k_start + n, head // GROUP, 0]).reshape(STEP, DIM)
+            scores = _dot(q_tile, k_tile.T)             # [OWN, STEP]
             if masked:
-                scores = tl.where(n + _across(BN) <= last_key[:, None], scores, MASKED)
+                scores = tl.where(n + _across(STEP) <= row + offset, scores, MASKED)
             if dout is None:
-                acc, top, mass = _weigh(scores, v_tile, scale, acc, top, mass)
+                acc, top, mass = _weigh(scores, v_tile, unit, acc, top, mass)
             else:
-                p = tl.exp2(scores * (scale * LOG2E) - row_lse[:, None])
-                ds = p * (_dot(dout_tile, v_tile.T) - row_delta[:, None])
+                p = tl.exp2(scores * unit - row_lse)
+                ds = p * (_dot(dout_tile, v_tile.T) - row_delta)
                 acc = _dot(ds.to(k.dtype), k_tile, acc)
     if dout is None:
-        total = _halve(mass, 5)                                         # [BM, 1]
+        total = _halve(mass, 5)                         # [OWN, 1]
         tl.store(out + at, acc / total, inside)
-        row_lse = (top + tl.log2(total.reshape(BM))) / (scale * LOG2E)
-        tl.store(lse + slot, tl.where(rows < q_len, row_lse, -MASKED))  # past the end, too: it weighs nothing backward
+        tl.store(lse + slot, (top[:, None] + tl.log2(total)) / unit, inside)
     else:
         tl.store(dq + at, acc * scale, inside)
 
-@triton.jit
+@jit
 def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
-                    GROUP: constexpr, DIM: constexpr, BM: constexpr, BN: constexpr):
+                    GROUP: constexpr, DIM: constexpr, OWN: constexpr):
     """dv = sum over queries of p' dout; dk = scale * sum of ds' q. Scores are made transposed, keys down the rows, so
     that both sums take them as they lie in registers; lse and delta are what the products start from."""
     kv_head = tl.program_id(0)
-    first = tl.program_id(2) * BN
+    first = tl.program_id(2) * OWN
     q_start, q_len = _sequence(q_ends)
     k_start, k_len = _sequence(k_ends)
     if first >= k_len:
         return
-    at, inside = _rows(k_start, k_len, first, BN, DIM)
+    at, inside = _rows(k_start, k_len, first, OWN, DIM)
     slot = _slot(q_start)
-    offset = k_len - q_len                              # query i sees key j if j <= i + offset
-    low = tl.maximum(first - offset, 0) // BM * BM
-    full = tl.minimum(tl.maximum(first - offset + BN - 1, 0), q_len)
-    full = tl.cdiv(full, BM) * BM                       # from here on all queries see all keys of the tile
-    k_tile = tl.load(k + at, inside, 0.0)
-    v_tile = tl.load(v + at, inside, 0.0)
-    zeros = _zeros(BN, BM)
-    dk_acc = _zeros(BN, DIM)
-    dv_acc = _zeros(BN, DIM)
+    offset = k_len - q_len
+    low = tl.maximum(first - offset, 0) // STEP * STEP
+    full = tl.minimum(tl.maximum(first - offset + OWN - 1, 0), q_len)
+    full = tl.cdiv(full, STEP) * STEP                   # from here on all queries see all keys of the tile
+    k_tile = tl.load(k + at, inside)
+    v_tile = tl.load(v + at, inside)
+    zeros = _zeros(OWN, STEP)
+    dk_acc = _zeros(OWN, DIM)
+    dv_acc = _zeros(OWN, DIM)
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
         for masked in tl.static_range(1, -1, -1):
-            for m in range(low if masked else full, full if masked else q_len, BM):
-                q_tile = q.load([q_start + m, head, 0]).reshape(BM, DIM)
-                scores = _dot(k_tile, q_tile.T, zeros - lse.load([head, slot + m]))             # [BN, BM]
+            for m in range(low if masked else full, full if masked else q_len, STEP):
+                q_tile = q.load([q_start + m, head, 0]).reshape(STEP, DIM)
+                scores = _dot(k_tile, q_tile.T, zeros - lse.load([head, slot + m]))     # [OWN, STEP]
                 p = tl.exp2(scores * (scale * LOG2E))
                 if masked:
-                    p = tl.where(first + _down(BN) <= m + _across(BM) + offset, p, 0.0)
-                dout_tile = dout.load([q_start + m, head, 0]).reshape(BM, DIM)
+                    p = tl.where(first + _down(OWN) <= m + _across(STEP) + offset, p, 0.0)
+                dout_tile = dout.load([q_start + m, head, 0]).reshape(STEP, DIM)
                 dv_acc = _dot(p.to(dout.dtype), dout_tile, dv_acc)
                 ds = p * _dot(v_tile, dout_tile.T, zeros - delta.load([head, slot + m]))
                 dk_acc = _dot(ds.to(q.dtype), q_tile, dk_acc)
     tl.store(dk + at, dk_acc * scale, inside)
     tl.store(dv + at, dv_acc, inside)
 
-def _attend(q, k, v, scale):
-    """One sequence, whose queries are its last tokens."""
-    whole = len(q) == len(k)
-    seen = None if whole else q.new_ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+def _attend(q, k, v, scale):        # one sequence, whose queries are its last tokens
+    seen = q.new_ones(len(q), len(k)).tril(len(k) - len(q)).bool()
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))              # [1, heads, length, dim]
-    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
-
 def flash_attention_reference(q, k, v, q_ends, k_ends, scale=None):
-    ends = torch.stack([q_ends, k_ends], 1).tolist()
-    outs = [_attend(q[a:b], k[c:d], v[c:d], scale) for (a, c), (b, d) in zip(ends, ends[1:])]
-    return torch.cat([*outs, torch.zeros_like(q[ends[-1][0]:])])
-
+    *queries, rest = q.tensor_split(q_ends.tolist()[1:])                # rest: tokens of no sequence
+    keys = k.tensor_split(k_ends.tolist()[1:])
+    values = v.tensor_split(k_ends.tolist()[1:])
+    outs = [_attend(*x, scale) for x in zip(queries, keys, values)]
+    return torch.cat([*outs, torch.zeros_like(rest)])
 def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, scale=None,
                     covered=False):
     """Causal attention over packed sequences that never see each other: q [tokens, heads, dim], k and v [tokens,
     kv_heads, dim], sequence i at [cu_seqlens[i], cu_seqlens[i + 1]) (int32). Without cu_seqlens_k it is that of q. A
-    sequence may have fewer queries than keys; they are then the last ones. Pass the longest lengths: without them
-    programs are started for sequences as long as all. scale is positive, by default dim ** -0.5. Tokens of no sequence
-    get zeros; covered=True says that there are none, which saves writing them."""
+    sequence may have fewer queries than keys; they are then the last ones. Pass the longest lengths, or programs are
+    started for sequences as long as all. scale is positive, by default dim ** -0.5. Tokens of no sequence get zeros;
+    covered=True says that there are none, which saves writing them."""
     if cu_seqlens_k is None:
         cu_seqlens_k = cu_seqlens_q
         max_seqlen_k = max_seqlen_q
@@ -275,68 +246,66 @@ def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
     if heads % kv_heads or dim not in (16, 32, 64, 128):
         raise ValueError(f"{heads} heads of {dim} share {kv_heads}: take a multiple, of 16, 32, 64 or 128")
     sequences = len(cu_seqlens_q) - 1
-    rest = cu_seqlens_q.int(), cu_seqlens_k.int(), scale or dim ** -0.5, heads // kv_heads, dim
+    settings = cu_seqlens_q.int(), cu_seqlens_k.int(), scale or dim ** -0.5, heads // kv_heads, dim
     blank = torch.empty_like if covered else torch.zeros_like
-    stages = 6 // q.itemsize
-    def launch(kernel, heads, longest, BM, BN, owned, *tensors):
-        """32 scores a thread."""
-        kernel[heads, sequences, _ceil(longest, owned)](
-            *tensors, *rest, BM, BN, num_warps=max(4, BM * BN // 1024), num_stages=stages)
-    def queries(BM, BN, q, k, v, *others):
-        tiles = [_tiled(x, [BN, 1, dim]) for x in (k, v)]
-        launch(_attention_queries, heads, max_seqlen_q or len(q), BM, BN, BM, q, *tiles, *others)
+    itemsize = q.itemsize
+    def steps(*tensors):
+        return [_tiled(x, [STEP.value, 1, dim]) for x in tensors]
+    def launch(kernel, heads, longest, own, *tensors):
+        """32 scores a thread; fp32 takes three products and twice the space: smaller tiles."""
+        own = own if itemsize == 2 else 32
+        grid = heads, sequences, _ceil(longest, own)
+        kernel[grid](*tensors, *settings, own, num_warps=max(4, own // 16), num_stages=6 // itemsize)
+    def queries(own, q, k, v, *others):
+        launch(_attention_queries, heads, max_seqlen_q or len(q), own, q, *steps(k, v), *others)
     def forward(q, k, v):
         out = blank(q)
-        lse = q.new_empty(heads, (len(q) // 128 + sequences + 1) * 128, dtype=torch.float32)    # see _slot
-        BM, BN = _tiles(q, 64 if dim == 128 else 128, KEYS)
-        queries(BM, BN, q, k, v, out, lse, None, None, None, lse.shape[1])
+        slots = (len(q) // 128 + sequences + 1) * 128                   # see _slot
+        lse = _floats(q, heads, slots).fill_(-MASKED.value)    # past a sequence's end it weighs nothing backward
+        queries(64 if dim == 128 else 128, q, k, v, out, lse, None, None, None, slots)
         return out, (q, k, v, out, lse)
     def backward(q, k, v, out, lse, dout):
-        delta = torch.empty_like(lse)
+        delta = torch.zeros_like(lse)
         dq, dk, dv = map(blank, (q, k, v))
-        queries(*_tiles(q, 128, 64), q, k, v, out, lse, dout, delta, dq, lse.shape[1])
-        BM, BN = _tiles(q, 64, max(64, dim))
-        tiles = [_tiled(x, [BM, 1, dim]) for x in (q, dout)]
-        rows = [_tiled(x, [1, BM]) for x in (lse, delta)]
-        launch(_attention_keys, kv_heads, max_seqlen_k or len(k), BM, BN, BN, *tiles, *rows, k, v, dk, dv)
+        queries(128, q, k, v, out, lse, dout, delta, dq, lse.shape[1])
+        rows = [_tiled(x, [1, STEP.value]) for x in (lse, delta)]
+        own = max(64, dim)
+        launch(_attention_keys, kv_heads, max_seqlen_k or len(k), own, *steps(q, dout), *rows, k, v, dk, dv)
         return dq, dk, dv
     return _Operation.apply(forward, backward, q, k, v)
 
 # --- paged attention: decoding against a cache in pages --------------------------------------------------------------
-
 # One query a sequence: 4 * group operations for every 4 bytes of cache, so the limit is reading the cache once. The
-# query heads of a group are the rows of one dot (padded to the 16 that the tensor cores want), so their keys are read
-# once, not once a head. A sequence can be split over several programs by its own length, which keeps all SMs reading
-# when the batch is small or uneven. With one split the arithmetic is that of flash attention, in the same order, so a
-# row's result is the same, too. The grid depends on shapes alone, never on lengths, so a CUDA graph can hold it.
-
-@triton.jit
+# query heads of a group are the rows of one dot (padded to the 16 that the tensor cores want). A sequence can be split
+# over several programs by its own length, which keeps all SMs reading when the batch is small; with one split the
+# arithmetic is that of flash attention, in the same order. The grid depends on shapes alone, for CUDA graphs.
+@jit
 def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_stride, scale,
-                GROUP: constexpr, DIM: constexpr, PAGE: constexpr, BN: constexpr):
+                GROUP: constexpr, DIM: constexpr, PAGE: constexpr):
     kv_head = tl.program_id(0)
-    sequence = tl.program_id(1).to(tl.int64)
+    sequence = _program(1)
     split = tl.program_id(2)
     length = tl.load(context_lens + sequence)
-    share = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), BN) * BN       # tokens of a split
+    share = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), STEP) * STEP       # tokens of a split
     stop = tl.minimum(length, split * share + share)
-    ROWS: constexpr = max(16, triton.next_power_of_2(GROUP))
+    ROWS: constexpr = max(16, next_power_of_2(GROUP))
     dims = _across(DIM)
     mine = _down(ROWS) < GROUP
     heads = (sequence * tl.num_programs(0) + kv_head) * GROUP + _down(ROWS)
-    q_tile = tl.load(q + heads * DIM + dims, mine, 0.0)
+    q_tile = tl.load(q + heads * DIM + dims, mine)
     acc = _zeros(ROWS, DIM)
     top = tl.full([ROWS], MASKED, tl.float32)
-    mass = _zeros(ROWS, BN // 2)
-    for n in range(split * share, stop, BN):
-        tokens = n + tl.arange(0, BN)
-        live = tokens < stop
-        page = tl.load(block_table + sequence * table_stride + tokens // PAGE, live, 0)
-        slot = page.to(tl.int64) * PAGE + tokens % PAGE
-        at = (slot * (tl.num_programs(0) * DIM) + kv_head * DIM)[:, None] + dims
-        k_tile = tl.load(k_cache + at, live[:, None], 0.0)
-        v_tile = tl.load(v_cache + at, live[:, None], 0.0)
-        scores = tl.where(live[None, :], _dot(q_tile, k_tile.T), MASKED)            # [ROWS, BN]
-        acc, top, mass = _weigh(scores, v_tile, scale, acc, top, mass)
+    mass = _zeros(ROWS, STEP // 2)
+    for n in range(split * share, stop, STEP):
+        token = n + _down(STEP)
+        live = token < stop
+        page = tl.load(block_table + sequence * table_stride + token // PAGE, live).to(tl.int64)
+        slot = page * PAGE + token % PAGE
+        at = slot * (tl.num_programs(0) * DIM) + kv_head * DIM + dims
+        k_tile = tl.load(k_cache + at, live)
+        v_tile = tl.load(v_cache + at, live, 0.0)
+        scores = tl.where(live.T, _dot(q_tile, k_tile.T), MASKED)       # [ROWS, STEP]
+        acc, top, mass = _weigh(scores, v_tile, scale * LOG2E, acc, top, mass)
     total = _halve(mass, 5)
     total = tl.where(total > 0, total, 1.0)                             # an empty split weighs nothing
     part = heads * tl.num_programs(2) + split
@@ -347,10 +316,10 @@ def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, sc
     outs = []
     for query, pages, length in zip(q, block_table, context_lens):
         pages = pages[:_ceil(length, k_cache.shape[1])]
-        k, v = (cache[pages].flatten(0, 1)[:length] for cache in (k_cache, v_cache))
+        k = k_cache[pages].flatten(0, 1)[:length]
+        v = v_cache[pages].flatten(0, 1)[:length]
         outs.append(_attend(query[None], k, v, scale))
     return torch.cat(outs)
-
 def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, splits=None):
     """One token a sequence, q [batch, heads, dim], against caches [pages, page_size, kv_heads, dim]. Token t of
     sequence i is in page block_table[i, t // page_size] (int32 [batch, pages]; beyond the length it is not read).
@@ -361,25 +330,26 @@ def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, 
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     if splits is None:              # an SM gets up to 4 programs, but none less than 256 tokens of a full table
-        most = 4 * PROCESSORS // (batch * kv_heads)
-        most = min(most, _ceil(block_table.shape[1] * page, 256), 64)
-        splits = 1 << max(0, most.bit_length() - 1)
+        most = min(4 * PROCESSORS // (batch * kv_heads), _ceil(block_table.shape[1] * page, 256), 64)
+        splits = next_power_of_2(max(1, most) + 1) // 2
     out = q.new_empty(q.shape)
-    parts = out if splits == 1 else q.new_empty(batch, heads, splits, dim, dtype=torch.float32)
-    lses = q.new_empty(batch, heads, splits, dtype=torch.float32)
+    parts = out if splits == 1 else _floats(q, batch, heads, splits, dim)
+    lses = _floats(q, batch, heads, splits)
     _paged_part[kv_heads, batch, splits](
         q.contiguous(), k_cache.view(-1), v_cache.view(-1), block_table, context_lens, lses, parts,
-        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page, KEYS)
+        block_table.stride(0), scale or dim ** -0.5, heads // kv_heads, dim, page)
     if splits > 1:
-        _merge[(batch * heads,)](lses, parts, torch.empty_like(lses), out, splits, splits, dim, num_warps=2)
+        _merge[(batch * heads,)](lses, parts, torch.empty_like(lses), out, splits, dim, num_warps=2)
     return out
 
-@triton.jit
+@jit
 def _store_kv(k, v, k_cache, v_cache, slots, k_stride, k_step, v_stride, v_step, WIDTH: constexpr):
-    token = tl.program_id(0).to(tl.int64)
+    token = _program(0)
     slot = tl.load(slots + token).to(tl.int64)
-    column = tl.arange(0, triton.next_power_of_2(WIDTH))
-    mask = column < tl.where(slot >= 0, WIDTH, 0)
+    column = tl.arange(0, next_power_of_2(WIDTH))
+    mask = column < WIDTH
+    if slot < 0:
+        return
     at = slot * WIDTH + column
     tl.store(k_cache + at, tl.load(k + token * k_stride + column * k_step, mask), mask)
     tl.store(v_cache + at, tl.load(v + token * v_stride + column * v_step, mask), mask)
@@ -394,37 +364,26 @@ def store_kv(k, v, k_cache, v_cache, slot_mapping):
     v_cache = v_cache.view(-1, width)
     if _on_triton(k):
         _store_kv[(len(k),)](k, v, k_cache, v_cache, slot_mapping, *k.stride(), *v.stride(), width)
-    else:
-        real = slot_mapping >= 0
-        k_cache[slot_mapping[real]] = k[real]
-        v_cache[slot_mapping[real]] = v[real]
+        return
+    real = slot_mapping >= 0
+    k_cache[slot_mapping[real]] = k[real]
+    v_cache[slot_mapping[real]] = v[real]
 
 # --- rms norm --------------------------------------------------------------------------------------------------------
-
 # y = x / sqrt(mean(x^2) + eps) * weight. Forward reads x and writes y, 4 bytes an element in bf16 (8 with the residual,
-# 10 in two kernels); backward reads dy and x and writes dx: bytes are the limit. A tile of whole rows stays in
-# registers, so the second use of x is free. dweight is a sum over all rows: a fixed number of programs walks over
-# them, each sums in registers, and _add_up adds the programs up.
-
-@triton.jit
-def _inverse_rms(x, eps, WIDTH):
-    return tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None]
-
-@triton.jit
-def _norm_gradient(g, n, r, WIDTH):
-    """Of x, where n = x * r, r is as above, and g is the gradient of n."""
-    return (g - n * (tl.sum(g * n, 1) / WIDTH)[:, None]) * r
-
-@triton.jit(do_not_specialize=["rows"])
-def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps,
-              WIDTH: constexpr, BLOCK: constexpr, ROWS: constexpr, STAGES: constexpr):
+# 10 in two kernels): bytes are the limit. A tile of whole rows stays in registers, so the second use of x is free.
+# dweight is a sum over all rows: a fixed number of programs walks over them, each sums in registers, then _add_up.
+@jit
+def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps, WIDTH: constexpr, TOGETHER: constexpr):
     """Forward: other, if there is one, is the residual, and x + other goes into summed. Backward, where there is a
     dout: x is what was normalised, out its gradient, and other what is added to that."""
+    BLOCK: constexpr = next_power_of_2(WIDTH)
+    STAGES: constexpr = 1 if dout is None else 3
     column = _across(BLOCK)
     w = _load(weight + column, column < WIDTH)
-    total = _zeros(ROWS, BLOCK)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = (tile * ROWS + _down(ROWS)).to(tl.int64)
+    total = _zeros(TOGETHER, BLOCK)
+    for tile in tl.range(_program(0), tl.cdiv(rows, TOGETHER), tl.num_programs(0), num_stages=STAGES):
+        row = tile * TOGETHER + _down(TOGETHER)
         mask = (row < rows) & (column < WIDTH)
         at = row * WIDTH + column
         h = _load(x + at, mask)
@@ -432,14 +391,15 @@ def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps,
             rounded = (h + _load(other + at, mask)).to(summed.dtype.element_ty)
             tl.store(summed + at, rounded, mask)
             h = rounded.to(tl.float32)
-        r = _inverse_rms(h, eps, WIDTH)
+        r = tl.rsqrt(_sums(h * h) / WIDTH + eps)
         n = h * r
         if dout is None:
             tl.store(out + at, n * w, mask)
         else:
             dy = _load(dout + at, mask)
             total += dy * n
-            grad = _norm_gradient(dy * w, n, r, WIDTH)
+            g = dy * w                                                  # the gradient of n
+            grad = (g - n * (_sums(g * n) / WIDTH)) * r
             if other is not None:
                 grad += _load(other + at, mask)
             tl.store(out + at, grad, mask)
@@ -447,18 +407,17 @@ def _rms_norm(x, other, weight, out, summed, dout, dweight, rows, eps,
         at = column * tl.num_programs(0) + tl.program_id(0)
         tl.store(dweight + at, tl.sum(total, 0)[None, :], column < WIDTH)
 
-@triton.jit
-def _add_up(parts, out, count, BLOCK: constexpr):
+@jit
+def _add_up(parts, out, count):
     """Each row of parts [.., count]. (torch's sum, and then a cast, make backward 3% slower.)"""
-    at = tl.arange(0, BLOCK)
-    row = parts + tl.program_id(0) * count
-    tl.store(out + tl.program_id(0), tl.sum(_load(row + at, at < count), 0))
+    row = tl.program_id(0)
+    at = tl.arange(0, 1024)
+    tl.store(out + row, tl.sum(_load(parts + row * count + at, at < count)))
 
 def rms_norm_reference(x, weight, eps=1e-6, residual=None):
     h = x if residual is None else x + residual
-    out = F.rms_norm(h, weight.shape, weight.to(h.dtype), eps)      # h / sqrt(mean(h^2) + eps) * weight
+    out = F.rms_norm(h, weight.shape, weight.to(h.dtype), eps)          # h / sqrt(mean(h^2) + eps) * weight
     return out if residual is None else (out, h)
-
 def rms_norm(x, weight, eps=1e-6, residual=None):
     """Over the last axis. With a residual, x + residual is normalised, and (normalised, x + residual) returned."""
     if weight.shape != x.shape[-1:] or residual is not None and residual.shape != x.shape:
@@ -467,44 +426,41 @@ def rms_norm(x, weight, eps=1e-6, residual=None):
         return rms_norm_reference(x, weight, eps, residual)
     width = len(weight)
     rows = x.numel() // width
-    block = triton.next_power_of_2(width)
-    together = max(1, 2048 // block)                                    # rows of a tile, and 16 elements a thread
-    launch = dict(WIDTH=width, BLOCK=block, ROWS=together, num_warps=min(16, together * block // 512))
+    block = next_power_of_2(width)
+    together = max(1, 2048 // block)        # rows of a tile, and 16 elements a thread
+    warps = min(16, max(4, block // 512))
+    def launch(programs, *tensors):
+        _rms_norm[(programs,)](*tensors, rows, eps, width, together, num_warps=warps)
     def forward(x, weight, residual):
         out = torch.empty_like(x)
         h = None if residual is None else torch.empty_like(x)
-        grid = _ceil(rows, together),
-        _rms_norm[grid](x, residual, weight, out, h, None, None, rows, eps, STAGES=1, **launch)
+        launch(_ceil(rows, together), x, residual, weight, out, h, None, None)
         return (out, (x, weight)) if residual is None else ((out, h), (h, weight))
     def backward(h, weight, dout, dsummed=None):
+        programs = 4 * PROCESSORS
         dx = torch.empty_like(h)
-        programs = min(4 * PROCESSORS, _ceil(rows, together))
-        parts = h.new_empty(width, programs, dtype=torch.float32)
-        _rms_norm[(programs,)](h, dsummed, weight, dx, None, dout, parts, rows, eps, STAGES=3, **launch)
         dweight = torch.empty_like(weight)
-        _add_up[(width,)](parts, dweight, programs, triton.next_power_of_2(programs))
+        parts = _floats(h, width, programs)
+        launch(programs, h, dsummed, weight, dx, None, dout, parts)
+        _add_up[(width,)](parts, dweight, programs)
         return dx, dweight, None if dsummed is None else dx
     return _Operation.apply(forward, backward, x, weight, residual)
 
 # --- queries, keys and values: the norm of heads and rotary position embedding ---------------------------------------
-
 # Out of the one product that made them: q and k are normalised head by head (Qwen3; or not), then each pair (x[i],
-# x[i + dim / 2]) of a head is turned by the angle of its position (the halves of GPT-NeoX and Hugging Face, not
-# neighbours). v stays where it is. Reads and writes q and k once, 4 bytes an element: bytes are the limit. The
-# heads of a token are taken in parts of kv_heads: `GROUP` of queries and one of keys. A program walks over tokens with
-# one part, [heads, dim]; backward it sums up the gradient of the norm's weight in registers.
-
-@triton.jit
-def _turn(x, c, s, HEADS, DIM):
-    """x * c + (the other one of each pair) * s."""
+# x[i + dim / 2]) of a head is turned by the angle of its position. v stays where it is. Reads and writes q and k once,
+# 4 bytes an element: bytes are the limit. The heads of a token are taken in parts of kv_heads: `GROUP` of queries and
+# one of keys. A program walks over tokens with one part, [heads, dim]; backward it sums up the norm's gradient.
+@jit
+def _turn(x, c, s, HEADS, DIM):     # x * c + (the other one of each pair) * s
     other = tl.flip(x.reshape(HEADS, 2, DIM // 2), 1).reshape(HEADS, DIM)
     return x * c + other * s
 
-@triton.jit(do_not_specialize=["tokens"])
-def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms, table_stride, eps, tokens,
+@jit
+def _qkv_rotary(qkv, q_norm, k_norm, q, k, v, dqkv, dnorms, cos, sin, positions, table_stride, eps, tokens,
                 GROUP: constexpr, HEADS: constexpr, DIM: constexpr):
     """Forward it writes q and k. Backward, where there is a dqkv, q, k and v are the gradients of what came out."""
-    BLOCK: constexpr = triton.next_power_of_2(HEADS)
+    BLOCK: constexpr = next_power_of_2(HEADS)
     part = tl.program_id(0)
     dim = _across(DIM)
     head = _down(BLOCK)
@@ -512,8 +468,8 @@ def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms,
     mask = head < HEADS
     turned = head < tl.where(part > GROUP, 0, HEADS)                    # values are not
     sign = tl.where(dim < DIM // 2, -1.0, 1.0)
-    outside = q + part * HEADS * DIM + at                               # of token 0: there, and in qkv
-    inside = part * HEADS * DIM + at
+    inside = part * HEADS * DIM + at                                    # of token 0: in qkv, and in q, k or v
+    outside = q + inside
     stride = tl.where(part < GROUP, GROUP, 1) * HEADS * DIM
     norm = q_norm
     if part == GROUP:
@@ -525,15 +481,14 @@ def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms,
     if q_norm is not None:
         w = tl.load(norm + dim).to(tl.float32)
     total = _zeros(BLOCK, DIM)
-    for t in tl.range(tl.program_id(1), tokens, tl.num_programs(1), num_stages=3):
-        token = tl.cast(t, tl.int64)
+    for token in tl.range(_program(1), tokens, tl.num_programs(1), num_stages=3):
         angle = tl.load(positions + token).to(tl.int64) * table_stride + dim % (DIM // 2)
         c = tl.load(cos + angle)
         s = tl.load(sin + angle) * sign
         here = inside + token * (GROUP + 2) * HEADS * DIM
         x = _load(qkv + here, turned)
         if q_norm is not None:
-            r = _inverse_rms(x, eps, DIM)
+            r = tl.rsqrt(_sums(x * x) / DIM + eps)
             n = x * r
             x = n * w
         if dqkv is None:
@@ -543,7 +498,8 @@ def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms,
             dx = _turn(dy, c, -s, BLOCK, DIM)
             if q_norm is not None:
                 total += dx * n
-                dx = _norm_gradient(dx * w, n, r, DIM)
+                g = dx * w
+                dx = (g - n * (_sums(g * n) / DIM)) * r
             tl.store(dqkv + here, tl.where(turned, dx, dy), mask)
     if dqkv is not None:
         program = part * tl.num_programs(1) + tl.program_id(1)
@@ -551,35 +507,36 @@ def _qkv_rotary(qkv, q_norm, k_norm, cos, sin, positions, q, k, v, dqkv, dnorms,
 
 def qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=None, eps=1e-6):
     q, k, v = qkv.unflatten(1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
-    if q_norm is not None:
-        q = rms_norm_reference(q, q_norm, eps)
-        k = rms_norm_reference(k, k_norm, eps)
-    turn = torch.complex(cos[positions], sin[positions])[:, None]       # [tokens, 1, dim / 2]
-    pairs = torch.complex(*_wide(torch.cat([q, k], 1)).chunk(2, -1)) * turn
-    turned = torch.cat([pairs.real, pairs.imag], -1).to(qkv.dtype)
-    return *turned.split([heads, kv_heads], 1), v
-
+    half = q.shape[2] // 2
+    c = cos[positions, None, :half]                                     # [tokens, 1, dim / 2]
+    s = sin[positions, None, :half]
+    def turned(x, norm):
+        if norm is not None:
+            x = rms_norm_reference(x, norm, eps)
+        a, b = x.chunk(2, -1)                   # in fp32, as the tables are
+        return torch.cat([a * c - b * s, b * c + a * s], -1).to(x.dtype)
+    return turned(q, q_norm), turned(k, k_norm), v
 def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=None, eps=1e-6):
     """q [tokens, heads, dim], k and v [tokens, kv_heads, dim] as attention wants them, out of the one product that made
     them, [tokens, (heads + 2 * kv_heads) * dim]; heads are a multiple of kv_heads. Tables are [max_positions, dim / 2],
     or dim wide with both halves the same, as Hugging Face makes them; positions [tokens] index them."""
-    dim = qkv.shape[1] // (heads + 2 * kv_heads)
-    tables = cos[:, :dim // 2], sin[:, :dim // 2]
     if not _on_triton(qkv):
-        return qkv_rotary_reference(qkv, heads, kv_heads, *tables, positions, q_norm, k_norm, eps)
+        return qkv_rotary_reference(qkv, heads, kv_heads, cos, sin, positions, q_norm, k_norm, eps)
+    tokens = len(qkv)
+    dim = qkv.shape[1] // (heads + 2 * kv_heads)
     group = heads // kv_heads
-    def launch(parts, programs, qkv, q_norm, k_norm, *tensors):
-        _qkv_rotary[parts, programs](qkv, q_norm, k_norm, *tables, positions, *tensors, cos.stride(0), eps, len(qkv),
-                                     group, kv_heads, dim, num_warps=1)
+    def launch(parts, programs, *tensors):
+        _qkv_rotary[parts, programs](*tensors, cos, sin, positions, cos.stride(0), eps, tokens, group, kv_heads, dim,
+                                     num_warps=1)
     def forward(qkv, q_norm, k_norm):
-        q = qkv.new_empty(len(qkv), heads, dim)
-        k = qkv.new_empty(len(qkv), kv_heads, dim)
-        launch(group + 1, min(len(qkv), 2**15), qkv, q_norm, k_norm, q, k, None, None, None)
+        q = qkv.new_empty(tokens, heads, dim)
+        k = qkv.new_empty(tokens, kv_heads, dim)
+        launch(group + 1, min(tokens, 2**15), qkv, q_norm, k_norm, q, k, None, None, None)
         return (q, k, qkv.unflatten(1, (-1, dim))[:, heads + kv_heads:]), (qkv, q_norm, k_norm)
     def backward(qkv, q_norm, k_norm, dq, dk, dv):
-        programs = min(len(qkv), 8 * PROCESSORS)
+        programs = 8 * PROCESSORS
         dqkv = torch.empty_like(qkv)
-        dnorms = qkv.new_empty(group + 2, programs, dim, dtype=torch.float32)
+        dnorms = _floats(qkv, group + 2, programs, dim)
         launch(group + 2, programs, qkv, q_norm, k_norm, dq, dk, dv, dqkv, dnorms)
         if q_norm is None:
             return dqkv, None, None
@@ -588,19 +545,17 @@ def qkv_rotary(qkv, heads, kv_heads, cos, sin, positions, q_norm=None, k_norm=No
     return _Operation.apply(forward, backward, qkv, q_norm, k_norm)
 
 # --- swiglu ----------------------------------------------------------------------------------------------------------
-
 # silu(gate) * up, the halves of one product's output. Forward reads 4 bytes an output and writes 2; backward reads 6
 # and writes 4: bytes are the limit. The sigmoid is computed again, not kept: cheaper than its bytes.
-
-@triton.jit
+@jit
 def _swiglu(gate_up, dout, out, WIDTH: constexpr):
-    row = tl.program_id(0).to(tl.int64)
+    row = _program(0)
     column = tl.program_id(1) * 1024 + tl.arange(0, 1024)
     mask = column < WIDTH
     at = row * 2 * WIDTH + column
     gate = _load(gate_up + at, mask)
     up = _load(gate_up + at + WIDTH, mask)
-    sigmoid = 1 / (1 + _exp(-gate))
+    sigmoid = 1 / (1 + tl.exp2(-gate * LOG2E))
     if dout is None:
         tl.store(out + row * WIDTH + column, gate * sigmoid * up, mask)
     else:                                                               # out is the gradient of gate_up
@@ -611,7 +566,6 @@ def _swiglu(gate_up, dout, out, WIDTH: constexpr):
 def swiglu_reference(gate_up):
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
-
 def swiglu(gate_up):
     """[..., 2 * width], the gate first, to [..., width]."""
     if not _on_triton(gate_up):
@@ -629,105 +583,80 @@ def swiglu(gate_up):
     return _Operation.apply(forward, backward, gate_up)
 
 # --- linear cross entropy: the output head and the loss in one, without the logits -----------------------------------
-
 # 16k tokens x 152k words are 5 GB of logits in bf16, and the loss needs three numbers a token from them. With
 # y = hidden @ weight' / temperature and p = softmax(y): lse = log(sum(exp(y))), mean = sum(p * y), hit = y[target];
 #     logprob = hit - lse        dy[j] = p[j] * (dlse + dmean * (1 + y[j] - mean)) + (j == target) * dhit
 #     entropy = lse - mean
-# Forward is a matrix product whose tiles are reduced in registers to their own lse and mean, which _merge puts
-# together; what a tile is does not depend on the number of rows. Backward makes the tiles again, for a slice of the
-# vocabulary at a time, turns them into dy, and leaves dy @ weight and dy' @ hidden to cuBLAS, both summed in fp32. In
-# all 4 products of 2 * tokens * vocab * width operations: tensor cores are the limit.
-
-SLICE_BYTES = 2**27                 # of dy; with the gradient of hidden in fp32 this is all that backward needs
-NOWHERE = 2**30                     # a target that is not here: ignored, or in another rank's slice of the vocabulary
-
-@triton.jit
-def _logits(x, weight, inverse, BM, BV, BK):
-    """This program's tile, its rows and columns, and which of them exist."""
-    row = tl.program_id(0) * BM + _down(BM)
-    column = tl.program_id(1) * BV + _across(BV)
+# Forward is a matrix product whose tiles (the same for any number of rows) are reduced in registers to their own lse
+# and mean, which _merge puts together. Backward makes the tiles again, for a slice of the vocabulary at a time, turns
+# them into dy, and leaves dy @ weight and dy' @ hidden to cuBLAS, summed in fp32: tensor cores are the limit.
+SLICE = 2**18       # rows of dy, of 256 words each, that backward has at a time: 128 MB in bf16
+@jit
+def _head(x, weight, inverse, targets, lse, mean, hit, of_p, of_py, of_target, dy, words):
+    """A tile of y. Forward: lse and mean of each row of it, and y at the target. Backward, where there is a dy: it is p
+    * (of_p + of_py * y), and of_target at the target."""
+    BM: constexpr = x.block_shape[0]
+    BK: constexpr = x.block_shape[1]
+    BV: constexpr = weight.block_shape[0]
+    part = tl.program_id(1)
     y = _zeros(BM, BV)
     for k in range(0, x.shape[1], BK):
-        y = _dot(x.load([tl.program_id(0) * BM, k]), weight.load([tl.program_id(1) * BV, k]).T, y)
-    return y * _load(inverse + row, row < x.shape[0]), row, column, row < x.shape[0]
-
-@triton.jit
-def _head_forward(x, weight, targets, inverse, lses, means, hit, BM: constexpr, BV: constexpr, BK: constexpr):
-    y, row, column, inside = _logits(x, weight, inverse, BM, BV, BK)
+        y = _dot(x.load([tl.program_id(0) * BM, k]), weight.load([part * BV, k]).T, y)
+    row = tl.program_id(0) * BM + _down(BM)
+    column = part * BV + _across(BV)
+    inside = row < x.shape[0]
+    y *= _load(inverse + row, inside)
     target = tl.load(targets + row, inside, 0)
-    y = tl.where(column < weight.shape[0], y, MASKED)
-    own = tl.sum(tl.where(column == target, y, 0.0), 1)[:, None]
-    tl.store(hit + row, own, inside & (target // BV == tl.program_id(1)))
-    top = tl.max(y, 1)[:, None]
-    y -= top
-    e = _exp(y)
-    mass = tl.sum(e, 1)[:, None]
-    at = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    tl.store(lses + at, top + tl.log(mass), inside)
-    tl.store(means + at, top + tl.sum(e * y, 1)[:, None] / mass, inside)
+    if dy is None:
+        y = tl.where(column < words, y, MASKED)
+        own = _sums(tl.where(column == target, y, 0.0))
+        tl.store(hit + row, own, inside & (target // BV == part))
+        top = tl.max(y, 1)[:, None]
+        y -= top
+        p = tl.exp2(y * LOG2E)
+        mass = _sums(p)
+        total = _sums(p * y)
+        at = row.to(tl.int64) * tl.num_programs(1) + part
+        tl.store(lse + at, top + tl.log(mass), inside)
+        tl.store(mean + at, top + total / mass, inside)
+    else:
+        p = tl.exp2((y - _load(lse + row, inside)) * LOG2E)
+        y = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
+        y += tl.where(column == target, _load(of_target + row, inside), 0.0)
+        tl.store(dy + row.to(tl.int64) * words + column, y, inside & (column < words))
 
-@triton.jit
-def _head_backward(x, weight, targets, inverse, lse, of_p, of_py, of_target, out, words,
-                   BM: constexpr, BV: constexpr, BK: constexpr):
-    """p * (of_p + of_py * y), and of_target at the target."""
-    y, row, column, inside = _logits(x, weight, inverse, BM, BV, BK)
-    target = tl.load(targets + row, inside, 0)
-    p = _exp(y - _load(lse + row, inside))
-    dy = p * (_load(of_p + row, inside) + _load(of_py + row, inside) * y)
-    dy += tl.where(column == target, _load(of_target + row, inside), 0.0)
-    tl.store(out + row.to(tl.int64) * words + column, dy, inside & (column < words))
-
-def _statistics(hidden, weight, targets, inverse):
-    """lse, mean and hit (0 if the target is not here) of every row."""
+def _statistics(hidden, weight, targets, inverse):  # lse, mean and hit of every row
     BM, BV, BK = (64, 64, 32) if hidden.itemsize == 4 else (128, 256, 64)
     targets = targets.int()
-    def launch(kernel, x, weight, *tensors):
-        tiles = _tiled(x, [BM, BK]), _tiled(weight, [BV, BK])
+    def launch(x, weight, *tensors):
         grid = _ceil(len(x), BM), _ceil(len(weight), BV)
-        kernel[grid](*tiles, *tensors, BM, BV, BK, num_warps=8)
+        _head[grid](_tiled(x, [BM, BK]), _tiled(weight, [BV, BK]), inverse, *tensors, len(weight), num_warps=8)
     def forward(x, weight):
         parts = _ceil(len(weight), BV)
         lses, means = inverse.new_empty(2, len(x), parts)
-        lse, mean, hit = inverse.new_zeros(3, len(x))
-        launch(_head_forward, x, weight, targets, inverse, lses, means, hit)
-        _merge[(len(x),)](lses, means, lse, mean, parts, triton.next_power_of_2(parts), 1)
+        lse, mean, hit = inverse.new_empty(3, len(x))
+        launch(x, weight, targets, lses, means, hit, None, None, None, None)
+        _merge[(len(x),)](lses, means, lse, mean, parts, 1)
         return (lse, mean, hit), (x, weight, lse, mean)
     def backward(x, weight, lse, mean, dlse, dmean, dhit):
-        rows = inverse, lse, inverse * (dlse + dmean * (1 - mean)), inverse * dmean, inverse * dhit
+        rows = lse, None, None, inverse * (dlse + dmean * (1 - mean)), inverse * dmean, inverse * dhit
         dx = torch.zeros_like(x, dtype=torch.float32)
         dweight = torch.empty_like(weight)
-        step = max(256, SLICE_BYTES // (len(x) * x.itemsize) // 256 * 256)
+        step = 256 * _ceil(SLICE, len(x))
         for start in range(0, len(weight), step):
             words = weight[start:start + step]
             dy = x.new_empty(len(x), len(words))
-            launch(_head_backward, x, words, targets - start, *rows, dy, len(words))
-            if x.is_cuda and x.dtype != dx.dtype:
+            launch(x, words, targets - start, *rows, dy)
+            torch.mm(dy.T, x, out=dweight[start:start + step])
+            if x.is_cuda:
                 torch.addmm(dx, dy, words, out_dtype=dx.dtype, out=dx)
             else:
-                dx.addmm_(_wide(dy), _wide(words))
-            torch.mm(dy.T, x, out=dweight[start:start + step])
+                dx += dy @ words
         return dx.to(x.dtype), dweight
     return _Operation.apply(forward, backward, hidden, weight)
-
 def _statistics_reference(hidden, weight, targets, inverse):
     y = _wide(hidden) @ _wide(weight).T * inverse[:, None]
-    hit = y.gather(1, targets.clamp(max=len(weight) - 1)[:, None])[:, 0]
-    return y.logsumexp(1), (y.softmax(1) * y).sum(1), hit.where(targets < len(weight), 0)
-
-def _summed(group, gradient):
-    gradient = gradient.clone()
-    dist.all_reduce(gradient, group=group)
-    return gradient
-
-def _over_ranks(statistics, group):
-    """Of the whole vocabulary, where each rank has those of its slice. Gradients flow into this rank's own."""
-    own = torch.stack(statistics)                                       # [3, tokens]
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, own.detach(), group)
-    parts[dist.get_rank(group)] = own
-    lse, mean, hit = torch.stack(parts, 1)                              # [ranks, tokens] each
-    return lse.logsumexp(0), (lse.softmax(0) * mean).sum(0), hit.sum(0)
+    return y.logsumexp(1), (y.softmax(1) * y).sum(1), y.gather(1, targets[:, None])[:, 0]
 
 def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     """The logprob of each target, and the entropy, under softmax(hidden @ weight' / temperature): both [tokens] in
@@ -737,195 +666,183 @@ def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     targets (of the whole vocabulary); all get the same result, and the whole gradient of hidden."""
     if len(targets) != len(hidden):
         raise ValueError(f"{len(targets)} targets for {len(hidden)} rows")
-    ranks = 1 if group is None else dist.get_world_size(group)
-    first = 0 if group is None else dist.get_rank(group) * len(weight)
-    inverse = 1 / (torch.zeros_like(targets, dtype=_wide(hidden[:0]).dtype) + temperature)
-    here = (targets >= first) & (targets < first + len(weight))
-    local = (targets - first).where(here, NOWHERE)
-    if group is not None and hidden.requires_grad:                      # each rank's gradient is a part of the sum
-        hidden = hidden.view_as(hidden)
-        hidden.register_hook(partial(_summed, group))
-    statistics = _statistics if _on_triton(hidden) else _statistics_reference
-    lse, mean, hit = statistics(hidden, weight, local, inverse)
+    words = len(weight)
+    first = 0
+    vocab = words
     if group is not None:
-        lse, mean, hit = _over_ranks([lse, mean, hit], group)
-    live = (targets >= 0).to(lse.dtype).where(targets < ranks * len(weight), torch.nan)
+        first = words * dist.get_rank(group)
+        vocab = words * dist.get_world_size(group)
+        hidden = hidden.view_as(hidden)
+        if hidden.requires_grad:                        # its gradient here is a part of the sum
+            hidden.register_hook(lambda gradient: dist.all_reduce(gradient, group=group))
+    inverse = 1 / (_wide(torch.zeros_like(hidden[:, 0])) + temperature)
+    statistics = _statistics if _on_triton(hidden) else _statistics_reference
+    target = (targets - first).clamp(0, words - 1)
+    lse, mean, hit = statistics(hidden, weight, target, inverse)
+    if group is not None:
+        own = torch.stack([lse, mean, hit * (target == targets - first)])           # 0 if it is not here
+        parts = [torch.empty_like(own) for _ in range(vocab // words)]
+        dist.all_gather(parts, own.detach(), group)
+        parts[first // words] = own                     # gradients flow into this rank's own
+        lse, mean, hit = torch.stack(parts, 1)          # [ranks, tokens] each
+        lse, mean, hit = lse.logsumexp(0), (lse.softmax(0) * mean).sum(0), hit.sum(0)
+    live = (targets >= 0).to(lse.dtype).where(targets < vocab, torch.nan)
     return (hit - lse).clamp(max=0) * live, (lse - mean) * live
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-
 # An exponential race: with E[j] = -log(1 - u[j]), the largest log p[j] - log E[j] is a sample from p (Gumbel's trick).
-# u[j] is a hash of (seed, position, j), not the next number of a stream: whatever else is in the batch, the same
-# request gives the same tokens. One pass over the row finds its top, one samples, and sums up the probabilities on the
-# way. Top-k and top-p need the lowest score that is kept: a search that tries 8 bounds in one pass, then 8 between the
-# two that the answer lies between. Bytes are the limit, so a pass finds out three bits, not one.
-
-@triton.jit
-def _scores(row, first, vocab, top, inverse, BLOCK):
-    """Of a block of the vocabulary, (logit - top) * inverse."""
-    column = first + tl.arange(0, BLOCK)
+# u[j] is a hash of (seed, position, j): whatever else is in the batch, the same request gives the same tokens. One pass
+# over the row finds its top, one samples and sums up the probabilities. Top-k and top-p need the lowest score that is
+# kept: a search that tries 8 bounds in one pass, then 8 between the two that the answer lies between: 3 bits a pass.
+BLOCK = constexpr(1024)             # columns at a time, one a thread
+@jit
+def _scores(row, column, vocab, top, inverse):
     return (tl.load(row + column, column < vocab, -float("inf")).to(tl.float32) - top) * inverse
-
-@triton.jit
-def _lowest(row, vocab, low, need, top, inverse, COUNT, BLOCK):
+@jit
+def _lowest(row, vocab, low, need, top, inverse, COUNT):
     """The highest bound in [low, 0) that keeps `need`: so many, or this share of the probability that low keeps."""
     step = -low / 8
     for i in range(8):
-        bounds = low + step * tl.arange(0, 8)
+        bounds = low + step * _down(8)
         kept = _zeros(8, BLOCK)
         for first in range(0, vocab, BLOCK):
-            score = _scores(row, first, vocab, top, inverse, BLOCK)[None, :]
-            kept += tl.where(score >= bounds[:, None], 1.0 if COUNT else tl.exp2(score), 0.0)
-        kept = tl.sum(kept, 1)
+            score = _scores(row, first + _across(BLOCK), vocab, top, inverse)
+            kept += tl.where(score >= bounds, 1.0 if COUNT else tl.exp2(score), 0.0)
+        kept = _sums(kept)
         if not COUNT:
             need = tl.where(i == 0, need * tl.max(kept), need)
         low = tl.max(tl.where(kept >= need, bounds, low))
         step /= 8
     return low
-
-@triton.jit
+@jit
+def _key(seed, position):           # the upper half of a product of 64 bits, which depends on all of them
+    return (seed * 0x5851F42D4C957F2D + position) * 0x14057B7EF767814F >> 32
+@jit
 def _mix(x):
-    """"lowbias32" of C. Wellons' hash prospector, of 32 bits; the reference calls it with 64-bit integers."""
+    """"lowbias32" of C. Wellons' hash prospector, of 32 bits. (The reference calls both with 64-bit tensors.)"""
     x = x & 0xFFFFFFFF
     x = (x ^ (x >> 16)) * 0x7FEB352D & 0xFFFFFFFF
     x = (x ^ (x >> 15)) * 0x846CA68B & 0xFFFFFFFF
     return x ^ (x >> 16)
 
-@triton.jit
-def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprobs, full_logprobs, vocab,
-            BLOCK: constexpr):
-    program = tl.program_id(0)
-    row = logits + program.to(tl.int64) * vocab
+@jit
+def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprobs, full_logprobs, vocab):
+    program = _program(0)
+    row = logits + program * vocab
     heat = tl.load(temperature + program)
-    inverse = LOG2E / tl.where(heat > 0, heat, 1.0)
-    best = tl.full([BLOCK], MASKED, tl.float32)
+    luck = heat > 0                                         # none: greedy, and otherwise as at temperature 1
+    inverse = LOG2E / tl.where(luck, heat, 1.0)
+    lanes = _across(BLOCK)
+    best = _zeros(1, BLOCK) + MASKED
     for first in range(0, vocab, BLOCK):
-        best = tl.maximum(best, _scores(row, first, vocab, 0.0, 1.0, BLOCK))
-    top = tl.max(best, 0)
-
+        best = tl.maximum(best, _scores(row, first + lanes, vocab, 0.0, 1.0))
+    top = tl.max(best)
     low = tl.full([], -64.0, tl.float32)                    # what is 64 bits below the top has no probability
     k = tl.load(top_k + program).to(tl.float32)
     if k > 0:
-        low = _lowest(row, vocab, low, k, top, inverse, True, BLOCK)
+        low = _lowest(row, vocab, low, k, top, inverse, True)
     nucleus = tl.load(top_p + program)
     if nucleus < 1:
-        low = _lowest(row, vocab, low, nucleus, top, inverse, False, BLOCK)
-
-    seed = tl.load(seeds + program)
-    key = _mix(_mix(seed.to(tl.uint32) ^ 0x9E3779B9) + (seed >> 32).to(tl.uint32))
-    key = _mix(key + tl.load(positions + program).to(tl.uint32))
-    full = tl.zeros([BLOCK], tl.float32)                    # each lane keeps its own sums, and the winner of its race
-    kept = tl.zeros([BLOCK], tl.float32)
-    best = tl.full([BLOCK], MASKED, tl.float32)
-    token = tl.zeros([BLOCK], tl.int32)
+        low = _lowest(row, vocab, low, nucleus, top, inverse, False)
+    key = _key(tl.load(seeds + program), tl.load(positions + program)).to(tl.uint32)
+    full = _zeros(1, BLOCK)                                 # each lane keeps its own sums, and the winner of its race
+    kept = _zeros(1, BLOCK)
+    best = _zeros(1, BLOCK) + MASKED
+    token = lanes
     for first in range(0, vocab, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        score = _scores(row, first, vocab, top, inverse, BLOCK)
-        keep = score >= low
-        full += tl.exp2(score)
-        kept += tl.where(keep, tl.exp2(score), 0.0)
-        u = (_mix(_mix(column.to(tl.uint32) + key) ^ key).to(tl.float32) + 0.5) * 2**-32
+        column = first + lanes
+        score = _scores(row, column, vocab, top, inverse)
+        p = tl.exp2(score)
+        full += p
+        kept += tl.where(score >= low, p, 0.0)
+        bits = _mix(_mix(column.to(tl.uint32) + key) ^ key)
+        u = (bits.to(tl.float32) + 0.5) * 2**-32
         # 1 - u loses the digits of a small u, so it takes the series; a u that was rounded to 1 would be no sample
         race = tl.where(u < 0.001, u * (1 + 0.5 * u), -tl.log(1 - tl.minimum(u, 0.99999994)))
-        rank = tl.where(keep, score - tl.where(heat > 0, tl.log2(race), 0.0), MASKED)
+        rank = tl.where(score >= low, score - luck * tl.log2(race), MASKED)
         token = tl.where(rank > best, column, token)
         best = tl.maximum(rank, best)
-    token = tl.min(tl.where(best == tl.max(best, 0), token, vocab), 0)              # the lowest of equals
-    score = (tl.load(row + token).to(tl.float32) - top) * inverse
-    logprob = (score - tl.log2(tl.sum(kept, 0))) * LN2
-    tl.store(tokens + program, token.to(tl.int64))
-    tl.store(logprobs + program, tl.where(heat > 0, logprob, 0.0))
-    tl.store(full_logprobs + program, (score - tl.log2(tl.sum(full, 0))) * LN2)
+    token = tl.min(tl.where(best == tl.max(best), token, vocab))        # the lowest of equals
+    score = _scores(row, token, vocab, top, inverse)
+    tl.store(tokens + program, token)
+    tl.store(logprobs + program, (score - tl.log2(tl.sum(kept))) * LN2 * luck)
+    tl.store(full_logprobs + program, (score - tl.log2(tl.sum(full))) * LN2)
 
 def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
-    hot = (temperature > 0)[:, None]
     vocab = logits.shape[1]
-    full = torch.log_softmax(logits.float() / temperature[:, None].where(hot, 1), -1)
-    ordered = full.sort(-1, descending=True).values
-    k = top_k.where((top_k > 0) & (top_k < vocab), vocab)[:, None]
-    among = ordered >= ordered.gather(1, k - 1)
-    p = ordered.where(among, -torch.inf).softmax(-1)
-    among &= p.cumsum(-1) - p < top_p[:, None]                          # what is larger holds less than top_p
-    lowest = ordered.where(among, 0).amin(-1, keepdim=True)
+    heat = temperature[:, None]
+    hot = heat > 0
+    full = (logits.float() / heat.where(hot, 1)).log_softmax(-1)
+    ordered = full.sort(descending=True).values
+    last = (top_k.clamp(0, vocab) - 1) % vocab                          # of the top k, or of all
+    p = ordered.where(ordered >= ordered.gather(1, last[:, None]), -torch.inf).softmax(-1)
+    stays = (p > 0) & (p.cumsum(-1) - p < top_p[:, None])               # what is larger holds less than top_p
+    lowest = ordered.where(stays, 0).amin(-1, keepdim=True)
     kept = full.where(full >= lowest, -torch.inf).log_softmax(-1)
     mix = _mix.fn                                                       # the plain function
-    key = mix(mix(seeds ^ 0x9E3779B9) + (seeds >> 32))
-    key = mix(key + positions)[:, None]
-    u = (mix(mix(torch.arange(vocab, device=key.device) + key) ^ key).float() + 0.5) * 2**-32
-    race = kept - torch.log(-torch.log1p(-u.clamp(max=0.99999994)))
-    tokens = race.where(hot, full).argmax(-1, keepdim=True)
-    logprobs = kept.gather(1, tokens).where(hot, 0)
+    key = _key.fn(seeds, positions)[:, None]
+    column = torch.arange(vocab, device=key.device)
+    u = (mix(mix(column + key) ^ key).double() + 0.5) * 2**-32
+    race = kept - hot * torch.log(-torch.log1p(-u))
+    tokens = race.argmax(-1, keepdim=True)
+    logprobs = kept.gather(1, tokens) * hot
     return tokens[:, 0], logprobs[:, 0], full.gather(1, tokens)[:, 0]
-
 def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=False):
-    """Tokens [batch] (int64) and their logprobs under the distribution that they were sampled from: softmax(logits /
-    temperature), the top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits
-    stay or go together. With return_full also the logprobs under all of softmax(logits / temperature), which is what
-    training wants. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
-    logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
+    """Tokens [batch] (int64) and their logprobs under what they were sampled from: softmax(logits / temperature), the
+    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits stay or go
+    together. With return_full also the logprobs under all of softmax(logits / temperature), for training. temperature,
+    top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest, logprob 0, the full one at
+    temperature 1. seeds and positions [batch] (int64) are all the randomness."""
     zeros = torch.zeros_like(seeds)
     settings = zeros.float() + temperature, zeros + top_k, zeros.float() + top_p, seeds, positions
-    if not _on_triton(logits):
-        return sample_reference(logits, *settings)[:3 if return_full else 2]
-    tokens = torch.empty_like(seeds)
-    logprobs = logits.new_empty(2, len(seeds), dtype=torch.float32)     # under what was kept, and under all
-    _sample[(len(seeds),)](logits.contiguous(), *settings, tokens, *logprobs, logits.shape[1],
-                           1024, num_warps=32)                          # a column a thread, in every layout
-    return (tokens, *logprobs)[:3 if return_full else 2]
+    if _on_triton(logits):
+        tokens = torch.empty_like(seeds)
+        logprobs = _floats(logits, 2, len(seeds))
+        _sample[(len(seeds),)](logits.contiguous(), *settings, tokens, *logprobs, logits.shape[1], num_warps=32)
+        found = tokens, *logprobs
+    else:
+        found = sample_reference(logits, *settings)
+    return found if return_full else found[:2]
 
 # --- the demo: every kernel against its twin, and on a GPU against the clock -----------------------------------------
-
-def _cases(cuda, n):
-    """What goes into each operation and gets gradients, in the shapes of Qwen3-0.6B; on a CPU in smaller ones."""
-    device = "cuda" if cuda else "cpu"
-    kv, dim, vocab = (8, 128, 151_936) if cuda else (1, 64, 500)
-    make = partial(torch.randn, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    q = make(n, 2 * kv, dim)
-    k = make(n, kv, dim)
-    x = make(n, kv * dim)
-    at = torch.arange(n, device=device)
-    ends = torch.tensor([0, n], dtype=torch.int32, device=device)
-    angles = make(n, dim // 2).float()
-    pages = make(2, n // 8, 16, kv, dim)
-    table = torch.randperm(n // 8, device=device).int().view(-1, 128 if cuda else 4)
-    lengths = torch.full_like(table[:, 0], table.shape[1] * 16 - 3)
-    turn = partial(qkv_rotary, heads=2 * kv, kv_heads=kv, cos=angles.cos(), sin=angles.sin(), positions=at)
-    return {
-        flash_attention: [lambda *x: flash_attention(*x, ends, None, n, covered=True), q, k, k + 1],
-        paged_attention: [lambda *x: paged_attention(*x, table, lengths), q[:len(table)], *pages],
-        rms_norm: [rms_norm, x, x[0]],
-        qkv_rotary: [lambda x, a, b: turn(x, q_norm=a, k_norm=b), make(n, 4 * kv * dim), q[0, 0], q[1, 0]],
-        swiglu: [swiglu, make(n, 6 * kv * dim)],
-        linear_cross_entropy: [lambda *x: linear_cross_entropy(*x, at % vocab), x, make(vocab, kv * dim) * 0.05],
-    }
-
-def _run(function, *inputs):
-    """Outputs, and a function that gives the gradients of half their squares."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    outs = function(*inputs)
+def both_ways(operation, *args):
+    """What it returns, and the gradients of half the sum of its squares, of the arguments that want one."""
+    outs = operation(*args)
     outs = outs if isinstance(outs, tuple) else (outs,)
-    seeds = [x.detach().contiguous() for x in outs]
-    return outs, lambda: torch.autograd.grad(outs, inputs, seeds, retain_graph=True) if outs[0].requires_grad else ()
+    if not outs[0].requires_grad:
+        return outs
+    inputs = [x for x in args if getattr(x, "requires_grad", False)]
+    return *outs, *torch.autograd.grad(outs, inputs, [x.detach().contiguous() for x in outs])
 
 def main():
     cuda = torch.cuda.is_available()
     torch.manual_seed(0)
-    print("the worst relative error against the twin in fp64, gradients too; on a GPU also ms forward and backward")
-    for operation, (function, *inputs) in _cases(cuda, 2048 if cuda else 96).items():
-        outs, gradients = _run(function, *inputs)
-        twins, twin_gradients = _run(function, *(x.double() for x in inputs))
-        pairs = zip([*outs, *gradients()], [*twins, *twin_gradients()])
-        worst = max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    torch.set_default_device("cuda" if cuda else "cpu")
+    n, few, kv, dim, vocab = (131_072, 8192, 8, 128, 151_936) if cuda else (128, 128, 1, 64, 500)
+    make = partial(torch.randn, dtype=torch.bfloat16 if cuda else torch.float32, requires_grad=True)
+    rows = torch.arange(n)
+    angles = torch.randn(n, dim // 2)
+    q = make(few, 2 * kv, dim)
+    k, v = make(2, few, kv, dim)
+    x = make(n, kv * dim)
+    pages = make(2, n // 16, 16, kv, dim)
+    table = torch.randperm(n // 16).int().view(-1, few // 64)           # [sequences, pages]
+    print("the worst relative error against the twin in fp64; on a GPU also ms forward, and with the backward pass")
+    for operation, *args in (
+        (flash_attention, q, k, v, torch.tensor([0, few]).int(), None, few),
+        (paged_attention, q[:len(table)], *pages, table, torch.full_like(table[:, 0], few // 4 - 3)),
+        (rms_norm, x, make(kv * dim)),
+        (qkv_rotary, make(n, 4 * kv * dim), 2 * kv, kv, angles.cos(), angles.sin(), rows, *q[0, :2]),
+        (swiglu, make(n, 6 * kv * dim)),
+        (linear_cross_entropy, x[:few], make(vocab, kv * dim) * 0.05, rows[:few]),
+    ):
+        twins = [x.double() if getattr(x, "requires_grad", False) else x for x in args]
+        pairs = zip(both_ways(operation, *args), both_ways(operation, *twins))
+        worst = max((a - b).norm() / b.norm() for a, b in pairs)
+        assert worst < (2e-2 if cuda else 1e-5), operation
         print(f"{operation.__name__:22}{worst:9.1e}", end="")
-        if not worst < (2e-2 if cuda else 1e-5):
-            sys.exit(" is wrong")
-        if cuda:
-            many = 8192 if operation in (flash_attention, linear_cross_entropy) else 131_072    # or launches are timed
-            function, *inputs = _cases(cuda, many)[operation]
-            outs, gradients = _run(function, *inputs)
-            for call in [partial(function, *inputs), gradients][:1 + outs[0].requires_grad]:
-                ms = triton.testing.do_bench(call, warmup=50, rep=200, return_mode="median")
-                print(f"{ms:10.3f}", end="")
+        for call in (operation, partial(both_ways, operation)) if cuda else ():
+            print(f"{triton.testing.do_bench(partial(call, *args), rep=200):10.3f}", end="")
         print()
 
 if __name__ == "__main__":
