@@ -7,8 +7,8 @@ is fast. A fast kernel reads each input once, keeps what it computes in register
                              50 MB         228 KB an SM             registers, 256 KB an SM (132 SMs of an H200)
 
 A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 one in fp32 takes the kernel, too;
-fp64 always takes the reference. Forward, a row's result depends on this row alone, bit for bit: what generates, a few
-rows at a time, computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can hold it. Backward
+fp64 always takes the reference. Forward, a row's result depends on this row alone, bit for bit (but of paged attention
+in several splits): what generates computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can hold it. Backward
 passes use no atomics and repeat bit for bit.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
@@ -37,8 +37,8 @@ PROCESSORS = 2 if INTERPRET else 132        # SMs of an H200: how many programs 
 _tiled = TensorDescriptor.from_tensor       # (tensor, shape of the tiles that Hopper's copy engine reads it in)
 
 class _Operation(torch.autograd.Function):
-    """forward returns the outputs and what backward gets before their gradients; backward returns those of the inputs.
-    Both stand inside their operation and share its settings, but none of its inputs, which would stay in memory."""
+    """forward(*inputs) -> (outputs, saved); backward(*saved, *gradients of outputs) -> gradients of inputs. Both stand
+    inside their operation and share its settings, but none of its inputs, which would stay in memory."""
     @staticmethod
     def forward(ctx, forward, backward, *inputs):
         outs, saved = forward(*(x if x is None else x.contiguous() for x in inputs))
@@ -101,7 +101,7 @@ def _merge(lses, means, lse, mean, PARTS: constexpr, DIM: constexpr):
 # products take 2048 cycles, exp2 1024). So: no masks but at the diagonal, the scale folded into the exponent, the
 # longest rows first. One kernel owns queries (out, or dq), one owns keys (dk, dv): each sums in registers in a fixed
 # order, for 7 products backward instead of 5 with atomics. What a program has many of comes by the copy engine, and the
-# last tile of a sequence runs into the next one: keys from there are masked, queries have a log-sum-exp of 1e30.
+# last tile of a sequence runs into the next one: keys from there are masked, queries have an lse of 1e30, so p is 0.
 STEP = constexpr(64)        # keys (or queries) a step; in paged attention, too, so that sums have one order
 @jit
 def _halve(x, TIMES):
@@ -136,8 +136,8 @@ def _slot(start):               # of the sequence in lse and delta: a multiple o
 @jit
 def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends, scale,
                        GROUP: constexpr, DIM: constexpr, OWN: constexpr):
-    """Forward: out, and the log-sum-exp in units of q k', unscaled. Backward, where there is a dout: dq = scale * sum
-    over keys of ds k, where ds = p * (dout v' - delta) and delta = sum(out * dout)."""
+    """Forward: out, and the log-sum-exp in the units of q k', from which backward takes it. Backward, where there is a
+    dout: dq = scale * sum over keys of ds k, where ds = p * (dout v' - delta) and delta = sum(out * dout)."""
     head = tl.program_id(0)
     first = (tl.num_programs(2) - 1 - tl.program_id(2)) * OWN           # the longest rows first
     q_start, q_len = _sequence(q_ends)
@@ -185,7 +185,7 @@ def _attention_queries(q, k, v, out, lse, dout, delta, dq, slots, q_ends, k_ends
 def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
                     GROUP: constexpr, DIM: constexpr, OWN: constexpr):
     """dv = sum over queries of p' dout; dk = scale * sum of ds' q. Scores are made transposed, keys down the rows, so
-    that both sums take them as they lie in registers; lse and delta are what the products start from."""
+    that both sums take them as they lie in registers; products begin at -lse and -delta: no subtractions."""
     kv_head = tl.program_id(0)
     first = tl.program_id(2) * OWN
     q_start, q_len = _sequence(q_ends)
@@ -303,7 +303,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_
         slot = page * PAGE + token % PAGE
         at = slot * (tl.num_programs(0) * DIM) + kv_head * DIM + dims
         k_tile = tl.load(k_cache + at, live)
-        v_tile = tl.load(v_cache + at, live, 0.0)
+        v_tile = tl.load(v_cache + at, live, 0.0)                       # 0 times anything else might be NaN
         scores = tl.where(live.T, _dot(q_tile, k_tile.T), MASKED)       # [ROWS, STEP]
         acc, top, mass = _weigh(scores, v_tile, scale * LOG2E, acc, top, mass)
     total = _halve(mass, 5)
@@ -323,15 +323,15 @@ def paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, sc
 def paged_attention(q, k_cache, v_cache, block_table, context_lens, scale=None, splits=None):
     """One token a sequence, q [batch, heads, dim], against caches [pages, page_size, kv_heads, dim]. Token t of
     sequence i is in page block_table[i, t // page_size] (int32 [batch, pages]; beyond the length it is not read).
-    context_lens [batch] counts the new token. A length of 0 gives zeros. splits is how many programs share a sequence,
-    a power of two: None chooses by the sizes, 1 gives exactly what flash_attention gives for the last query."""
+    context_lens [batch] counts the new token. A length of 0 gives zeros. splits is how many programs share a sequence:
+    None chooses by the sizes of all, 1 gives exactly what flash_attention gives for the last query, in any batch."""
     if not _on_triton(q):
         return paged_attention_reference(q, k_cache, v_cache, block_table, context_lens, scale)
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     if splits is None:              # an SM gets up to 4 programs, but none less than 256 tokens of a full table
         most = min(4 * PROCESSORS // (batch * kv_heads), _ceil(block_table.shape[1] * page, 256), 64)
-        splits = next_power_of_2(max(1, most) + 1) // 2
+        splits = next_power_of_2(max(1, most) + 1) // 2                 # the largest power of two <= most
     out = q.new_empty(q.shape)
     parts = out if splits == 1 else _floats(q, batch, heads, splits, dim)
     lses = _floats(q, batch, heads, splits)
