@@ -8,8 +8,8 @@ is fast. A fast kernel reads each input once, keeps what it computes in register
 
 A CUDA tensor takes the kernel, a CPU tensor the reference; under TRITON_INTERPRET=1 one in fp32 takes the kernel, too;
 fp64 always takes the reference. Forward, a row's result depends on this row alone, bit for bit (but of paged attention
-in several splits): what generates computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can hold it. Backward
-passes use no atomics and repeat bit for bit.
+in several splits): what generates computes what it computes in training. Nothing waits for the GPU, so CUDA graphs can
+hold it. Backward passes use no atomics and repeat bit for bit.
 
     python kernels.py        CPU: every kernel, interpreted, against its twin.  GPU: the table of speeds as well
 """
