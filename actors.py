@@ -19,10 +19,11 @@ ends with its driver. What was lost is not computed again, values never spill to
 ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
 concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
-import asyncio, atexit, collections, contextlib, contextvars, dataclasses, functools, importlib.util, inspect, io
+import asyncio, atexit, collections, contextlib, contextvars, dataclasses, importlib.util, inspect, io
 import itertools, math, mmap, os, pickle, queue, resource, secrets, signal, socket, struct, subprocess, sys
 import threading, time, timeit, traceback, types, warnings, weakref
 from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as LateError, as_completed
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
@@ -186,7 +187,7 @@ class Task:                         # a call; that of a constructor is the actor
     refs: list                      # all refs in the arguments, at any depth: they live until it has run
     returns: list                   # ids of the objects that it makes
     options: dict
-    actor: object                   # an id; in the hub, the Task
+    actor: object                   # an id; in the hub, the Task of its constructor
     fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
     retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
@@ -198,7 +199,6 @@ class Failed(Exception):            # a try came to nothing. `error` is for who 
     def __init__(self, error, again=False):
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
-
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
@@ -211,7 +211,7 @@ class Peer:                         # a process at the other end of a socket; wh
         self.sock = sock
         self.out = []
         self.holds = collections.Counter()
-        self.replies = {}           # task id -> future, of what runs there
+        self.replies = {}           # task id (or "its end") -> future, of what runs there
         self.turns = weakref.WeakKeyDictionary()    # actor -> lock: what is asked of it, in order
         self.loop = asyncio.get_running_loop()
         self.loop.add_reader(sock, hear, self)
@@ -313,8 +313,10 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     try: results = await attempt(task)
     except asyncio.CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
     except Failed as error: failure = error
+    except Exception as error: failure = Failed(error)              # options of another type, perhaps
     if failure and failure.again and task.retries:
         task.retries -= 1
+        task.worker = None
         task.life = asyncio.ensure_future(live(task))
         return
     if failure: results = [(failure.error, ())] * len(task.returns)
@@ -322,7 +324,6 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     if task.method == "__init__": bury(task, failure.error)
     del tasks[task.id]
     release(task.refs)
-
 async def run_alone(task):          # a task; or an actor: its constructor, and then until the end of its process
     await arguments(task)
     async with lines.setdefault(task.options["shape"], asyncio.Lock()):
@@ -338,13 +339,12 @@ async def run_alone(task):          # a task; or an actor: its constructor, and 
             await reply(worker, "its end")
         return results
     except asyncio.CancelledError:
-        worker.single = True                        # it still runs the task, and ends
+        worker.single = True                        # it still runs the task: give_back ends it
         raise
     finally: give_back(worker)
-
 async def run_call(task):
     actor = task.actor
-    if actor is None: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
+    if not actor: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
     ordered = actor.options["max_concurrency"] == 1
     turn = task.owner.turns.setdefault(actor, asyncio.Lock()) if ordered else contextlib.nullcontext()
     async with turn:                                # the next of its caller's calls waits until this one is sent
@@ -363,13 +363,13 @@ async def call(worker, task):
     task.worker = worker
     worker.send("run", *task.fields)
     return await reply(worker, task.id)
-async def reply(worker, key):
+async def reply(worker, key):       # "its end" never comes: it raises when the process dies
     if worker.gone: raise worker.gone
     future = worker.replies[key] = asyncio.Future()
     return await future
 def on_done(worker, tid, refs, error, again, *values):
     future = worker.replies.pop(tid, None)
-    if future is None or future.done(): return      # it was cancelled
+    if not future or future.done(): return          # it was cancelled; its process ends, and its values with it
     if error: future.set_exception(Failed(error, again))
     else: future.set_result(list(zip(values, map(hold, refs))))  # hold now, as the worker may let go of them at once
 def ask_cancel(peer, oid):
@@ -377,7 +377,7 @@ def ask_cancel(peer, oid):
         if oid not in task.returns or task.method == "__init__": continue
         if task.actor and task.worker:              # an async call can be cancelled there, others go on
             task.worker.send("cancel", task.id)
-        else:                                       # soon: what has not begun yet could not even say so
+        else:                                       # soon: a coroutine that has not begun would not reach its except
             task.retries = 0
             peer.loop.call_soon(task.life.cancel)
 
@@ -590,7 +590,7 @@ class Client:
         end_tagged(f"{self.session}-")
     def on_value(self, oid, value, failed):
         ref = self.refs.get(oid)
-        if ref is None or ref.ready: return
+        if not ref or ref.ready: return
         if isinstance(value, File):
             value = value.map()
             value.hold = ref.hold
@@ -642,11 +642,11 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         if self.plan["asynchronous"]:
             self.loop = asyncio.new_event_loop()
             self.slots = asyncio.Semaphore(most)
-            self.begin = functools.partial(self.loop.call_soon_threadsafe, self.begin_async)
+            self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
             self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
             self.loop.run_forever()
         elif most > 1:
-            self.begin = functools.partial(ThreadPoolExecutor(most).submit, self.execute)
+            self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
     def end(self): os._exit(1)      # the hub is gone
     def on_run(self, *call): self.begin(Task(*call))
     def on_cancel(self, tid):       # soon: what has not begun could not even say so
@@ -671,8 +671,8 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         args, kwargs = unpack(call.args)
         kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
         if call.function: target = load(call.function)
-        else: target = getattr(self.instance, call.method, functools.partial(ray_call, self.instance))
-        return functools.partial(target, *map(value_of, args), **kwargs)
+        else: target = getattr(self.instance, call.method, partial(ray_call, self.instance))
+        return partial(target, *map(value_of, args), **kwargs)
     def succeed(self, call, result):
         count = len(call.returns)
         if call.method == "__init__": self.instance, result = result, None
@@ -700,7 +700,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         self.send("done", call.id, [], packed, again)
 def ray_call(instance, function=bool, *args, **kwargs): return function(instance, *args, **kwargs)
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
-@functools.cache
+@cache
 def load(function): return borrow(function).value()
 def work(fd, node, gpus):           # the process of a worker
     global the_client
@@ -801,7 +801,7 @@ def checked(options):
     if isinstance(options.get("retry_exceptions"), (list, tuple)):      # packed, as the hub does not know these types
         options["retry_exceptions"] = pack_small(tuple(options["retry_exceptions"]))
     return options
-@functools.lru_cache(1000)
+@lru_cache(1000)
 def put_once(client, target): return put(target)         # a function or class is an object like any other
 
 class Remote:                       # what can be called: a function, a class, or a method of an actor; with its options
@@ -809,7 +809,7 @@ class Remote:                       # what can be called: a function, a class, o
         self.target, self.given, self.actor = target, given, actor      # of an actor, the target is the method's name
         self.method = target if actor else "__init__" if inspect.isclass(target) else ""
     def options(self, **options): return Remote(self.target, self.given | checked(options), self.actor)
-    @functools.cached_property
+    @cached_property
     def plan(self):                 # what the hub and the workers have to know of the options
         plan = DEFAULTS | self.given
         if self.actor:
@@ -854,7 +854,7 @@ class ActorHandle:                  # handle.method.remote(...) calls. The actor
         return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
 def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or remote(function)
-    return functools.partial(remote, **options) if target is None else Remote(target, checked(options))
+    return partial(remote, **options) if target is None else Remote(target, checked(options))
 
 # --- where am I, and what is there? -----------------------------------------------------------------------------------
 class RuntimeContext:
@@ -956,7 +956,7 @@ def measure(ray, large):            # how often a second a module with Ray's API
     ray.get(task.remote())
     rates = {"init to the first result": 1 / (time.perf_counter() - start)}
     def note(what, *action, **options):
-        timer = timeit.Timer(functools.partial(*action, **options))
+        timer = timeit.Timer(partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
     def call(function, times): ray.get([function.remote() for _ in range(times)])
     plain = ray.remote(Counter).remote()

@@ -1008,6 +1008,7 @@ def test_what_can_never_fit_is_an_error_at_once(small):
     for options in ({"num_cpus": 5}, {"num_gpus": 3}, {"resources": {"x": 1}}):
         act_raises(small, "TaskUnschedulableError", small.remote(os.getpid).options(**options).remote())
         act_raises(small, "ActorUnschedulableError", act_counter(small, **options).remote().add.remote())
+    act_raises(small, TypeError, small.remote(os.getpid).options(num_cpus="2").remote())
 
 
 def test_bundles_are_packed_and_spread_over_nodes():
