@@ -1599,7 +1599,7 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
     for name, kernel in kernels.items():
         assert kernel.cubins, name                                      # it was launched
         for counts in pool.map(instructions, kernel.cubins.values()):
-            few = 20 if name == "_attention_keys" else 2                # two accumulators of [128, 128]
+            few = 30 if name == "_attention_keys" else 2                # two accumulators of [128, 128]
             assert counts["LDL"] + counts["STL"] <= few, (name, counts)
             if name.startswith(("_attention", "_head")):
                 assert min(counts["HGMMA"], counts["UTMALDG"]) >= 4, (name, counts)
