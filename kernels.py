@@ -219,9 +219,10 @@ def _attention_keys(q, dout, lse, delta, k, v, dk, dv, q_ends, k_ends, scale,
     tl.store(dv + at, dv_acc, inside)
 
 def _attend(q, k, v, scale):        # one sequence, whose queries are its last tokens
-    seen = q.new_ones(len(q), len(k)).tril(len(k) - len(q)).bool()
+    whole = len(q) == len(k)
+    seen = None if whole else q.new_ones(len(q), len(k)).tril(len(k) - len(q)).bool()
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))              # [1, heads, length, dim]
-    out = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=True)
+    out = F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 def flash_attention_reference(q, k, v, q_ends, k_ends, scale=None):
     *queries, rest = q.tensor_split(q_ends.tolist()[1:])                # rest: tokens of no sequence
