@@ -656,7 +656,7 @@ def benchmark():
         (Qwen3(Config(), dtype=torch.bfloat16).save_pretrained if gpu else tiny_model)(folder)
         plain, exact = (LLM(folder, max_model_len=4096, num_gpu_blocks_override=20_000, exact=x) for x in (False, True))
     print(f"tokens/s of {most} requests, {longest // 10} to {longest} tokens in and as many out: plain, exact")
-    for run, count in enumerate([most] * 4 + [1]):   # other words each time, or they were cached
+    for run, count in enumerate([most] * 4 + [1]):       # other words each time, or they were cached
         rates = []
         for llm in (plain, exact):
             start = time.perf_counter()
