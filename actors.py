@@ -19,10 +19,10 @@ ends with its driver. What was lost is not computed again, values never spill to
 ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
 concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
-import asyncio, atexit, collections, contextlib, contextvars, dataclasses, importlib.util, inspect, io
-import itertools, math, mmap, os, pickle, queue, resource, secrets, signal, socket, struct, subprocess, sys
+import array, asyncio, atexit, collections, contextlib, contextvars, dataclasses, importlib.util, inspect, io
+import itertools, math, mmap, os, pickle, resource, secrets, select, signal, socket, struct, subprocess, sys
 import threading, time, timeit, traceback, types, warnings, weakref
-from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as LateError, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
@@ -114,16 +114,18 @@ def send_packet(sock, messages):
     files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
     if len(data) > PACKET:          # it is a memory file itself
         files.insert(0, File(len(data), os.memfd_create("actors")))
-        os.write(files[0].fd, data)
+        os.pwrite(files[0].fd, data, 0)
         data = b"file"
-    socket.send_fds(sock, [data], [file.fd for file in files])
-def receive(sock):                  # the messages of a packet; there are none when the other end is gone
-    try: data, fds, _, _ = socket.recv_fds(sock, PACKET, 250)
-    except ConnectionError: return []
+    if files: socket.send_fds(sock, [data], [file.fd for file in files])
+    else: sock.send(data)
+def receive(sock, packets):         # a packet, if one has come, in one step of C: Ctrl-C is before or after it
+    try: packets.extend(map(sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
+    except BlockingIOError: pass
+    except ConnectionError: packets.append((b"", ()))
+def open_packet(data, ancillary, *_):           # its messages; there are none when the other end is gone
+    fds = [fd for _, _, numbers in ancillary for fd in array.array("i", numbers)]
     if data == b"file":
-        with open(fds.pop(0), "rb") as file:
-            file.seek(0)
-            data = file.read()
+        with open(fds.pop(0), "rb") as file: data = file.read()
     messages = pickle.loads(data) if data else []
     for item in itertools.chain(*messages):
         if isinstance(item, File): item.fd = fds.pop(0)
@@ -186,7 +188,7 @@ class Task:                         # a call; that of a constructor is the actor
     deps: list                      # refs that are arguments themselves: it runs when they are there
     refs: list                      # all refs in the arguments, at any depth: they live until it has run
     returns: list                   # ids of the objects that it makes
-    options: dict
+    options: dict                   # comes pickled, and mostly was there before
     actor: object                   # an id; in the hub, the Task of its constructor
     fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
@@ -195,10 +197,18 @@ class Task:                         # a call; that of a constructor is the actor
     worker: "Peer" = None           # where it runs
     death: "Failed" = None          # an actor's: what every further call gets
     up: asyncio.Event = None        # an actor's: set when calls can be sent, or never will be
+    def __post_init__(self): self.options = known(self.options)
+known = lru_cache(1000)(pickle.loads)
 class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
     def __init__(self, error, again=False):
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
+class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's futures and tasks need
+    todo = collections.deque()
+    def call_soon(self, function, *args, context=None): self.todo.append((function, args))
+    def get_debug(self): return False
+    def create_future(self): return asyncio.Future(loop=self)
+    def create_task(self, life): return asyncio.Task(life, loop=self)
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
@@ -213,42 +223,49 @@ class Peer:                         # a process at the other end of a socket; wh
         self.holds = collections.Counter()
         self.replies = {}           # task id (or "its end") -> future, of what runs there
         self.turns = weakref.WeakKeyDictionary()    # actor -> lock: what is asked of it, in order
-        self.loop = asyncio.get_running_loop()
-        self.loop.add_reader(sock, hear, self)
         sock.setblocking(False)
-        workers.add(self)
+        poller.register(sock, select.EPOLLIN)
+        workers[sock.fileno()] = self
     def send(self, *message):
-        if not self.out: self.loop.call_soon(self.flush)
+        if not self.out: told.append(self)
         self.out.append(message)
     def flush(self):
         try:
             while self.out:
                 send_packet(self.sock, self.out[:20])
                 del self.out[:20]
-            self.loop.remove_writer(self.sock)
-        except BlockingIOError: self.loop.add_writer(self.sock, self.flush)
+        except BlockingIOError: poller.modify(self.sock, select.EPOLLIN | select.EPOLLOUT)
         except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
+    def hear(self):
+        if self.out:                                    # it was full
+            poller.modify(self.sock, select.EPOLLIN)
+            self.flush()
+        packets = []
+        receive(self.sock, packets)
+        for packet in packets:
+            messages = open_packet(*packet)
+            if not messages: return peer_died(self)
+            for name, *args in messages: globals()[f"on_{name}"](self, *args)
 
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
-machines, workers = [], set()       # lines: a lock for those who ask for the same; machines: the pools of the nodes
+machines, workers = [], {}          # lines: a lock for those who ask for the same; machines: the pools of the nodes
 changed = asyncio.Event()           # for who waits for resources
-over = asyncio.Event()
+told = []                           # those to whom something is to be sent
+poller = select.epoll()
+loop = Loop()
 def serve(fd, total):               # the process of the hub. It ends when the driver does, and with it all that ran
-    async def main():
-        machines.append(Pool(total))
-        Peer(inherited(fd))         # its end of file is not enough: a child of the driver may hold the socket open
-        asyncio.get_running_loop().add_reader(os.pidfd_open(os.getppid()), over.set)
-        await over.wait()
-        end_tagged(f"{os.environ[TAG]}-")
-        os._exit(0)
-    asyncio.run(main())
-def hear(peer):
-    with contextlib.suppress(BlockingIOError):
-        for _ in range(100):                        # then it is the turn of others
-            messages = receive(peer.sock)
-            if not messages: return peer_died(peer)
-            for name, *args in messages: globals()[f"on_{name}"](peer, *args)
+    machines.append(Pool(total))
+    asyncio._set_running_loop(loop)
+    Peer(inherited(fd))
+    while True:                     # it hears all, does all, says all, and only then waits
+        for fd, _ in poller.poll():
+            try: workers[fd].hear()
+            except Exception: traceback.print_exc()
+        while loop.todo:
+            function, args = loop.todo.popleft()
+            function(*args)
+        while told: told.pop().flush()
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try: answer = globals()[f"ask_{name}"](peer, *args)
@@ -268,11 +285,12 @@ def hold(oids):
     known = [oid for oid in oids if oid in objects]
     for oid in known: objects[oid].holds += 1
     return known
-def on_drop(peer, oid):
-    if oid in peer.holds:                           # else its maker was interrupted before it could say so
-        peer.holds[oid] -= 1
-        if not peer.holds[oid]: del peer.holds[oid]
-        release([oid])
+def on_drop(peer, *oids):
+    for oid in oids:
+        if oid in peer.holds:                       # else its maker was interrupted before it could say so
+            peer.holds[oid] -= 1
+            if not peer.holds[oid]: del peer.holds[oid]
+            release([oid])
 def release(oids):
     stack = list(oids)
     while stack:
@@ -379,7 +397,7 @@ def ask_cancel(peer, oid):
             task.worker.send("cancel", task.id)
         else:                                       # soon: a coroutine that has not begun would not reach its except
             task.retries = 0
-            peer.loop.call_soon(task.life.cancel)
+            loop.call_soon(task.life.cancel)
 
 # - resources and workers -
 def start(task):                    # takes resources and a worker. False if it has to wait for them
@@ -389,7 +407,7 @@ def start(task):                    # takes resources and a worker. False if it 
         group, first, last = task.options["bundle"]
         if group in groups and not groups[group]: return False  # its placement group waits itself
         pools = groups.get(group, [])[first:last]
-    running = [worker for worker in workers if worker.grant and not (worker.actor or worker.blocked)]
+    running = [worker for worker in workers.values() if worker.grant and not (worker.actor or worker.blocked)]
     if len(running) > 63 and not (demand or task.actor): return False       # those that ask for nothing are many, too
     if not any(covers(pool.total, demand) for pool in pools):
         error = ActorUnschedulableError if task.actor else TaskUnschedulableError
@@ -432,13 +450,14 @@ def end(worker):
     if worker and not worker.gone: worker.process.kill()
 
 def peer_died(worker):
-    if not worker.process: return over.set()        # the driver
-    worker.loop.remove_reader(worker.sock)
+    if not worker.process:                          # the driver
+        end_tagged(f"{os.environ[TAG]}-")
+        os._exit(0)
+    del workers[worker.sock.fileno()]
     worker.sock.close()
     end_tagged(worker.tag)                          # what it has started ends with it
     code = worker.process.wait()
     reason = f"process {worker.process.pid} ended with {signal.Signals(-code).name if code < 0 else code}"
-    workers.discard(worker)
     worker.node.idle.discard(worker)
     actor = worker.actor
     if actor and (actor.death or not actor.retries):
@@ -456,7 +475,7 @@ def bury(actor, error):                             # every further call gets th
     actor.retries = 0
     actor.up.set()
     if actor.worker and not actor.worker.gone: end(actor.worker)
-    else: actor.owner.loop.call_soon(actor.life.cancel)
+    else: loop.call_soon(actor.life.cancel)
 def on_kill(peer, aid, no_restart):
     actor = actors.get(aid)
     if actor and no_restart: bury(actor, ActorDiedError("the actor is dead: it was killed, or has left"))
@@ -464,7 +483,7 @@ def on_kill(peer, aid, no_restart):
 def ask_actor(peer, name, exists, *fields):     # the one of this name, if it may exist; or a new one
     for actor in actors.values():
         if name and actor.options["name"] == name and not actor.death:
-            if exists: return actor.id, actor.options
+            if exists: return actor.id, actor.fields[7]
             raise ValueError(f"an actor named {name!r} lives already: take another name, or get_if_exists=True")
     if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
@@ -491,7 +510,7 @@ async def reserve(gid, bundles, strategy, value):
     seal(gid, pack_small(error), failed=True)
 def on_remove_group(peer, gid):
     pools = groups.pop(gid, None) or []
-    for worker in workers:
+    for worker in workers.values():
         if worker.grant and worker.grant[0] in pools:
             end(worker)
             if worker.actor: bury(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
@@ -527,26 +546,31 @@ def end_tagged(tag):                # ends all that inherited this in their envi
 class Hold:                         # one of an object's counts. It lives as long as a ref, or a view of the memory
     client: object
     oid: int
-    def __del__(self):
-        with contextlib.suppress(RaySystemError): self.client.send("drop", self.oid)
+    def __del__(self): self.client.dropped.append(self.oid)
 
 class ObjectRef:
     def __init__(self, client, oid):
         self.id = oid
         self.hold = Hold(client, oid)
-        self.ready = False
-        self.arrived = Future()     # of (bytes or Memory, is it an error?)
-        self.arrived.set_running_or_notify_cancel()             # asyncio.wait_for() cannot cancel it
+        self.ready = None           # or (bytes or Memory, is it an error?)
+        self.awaited = []           # futures of event loops
         client.refs[oid] = self
     def value(self):
-        data, failed = self.arrived.result()
+        if not self.ready: self.hold.client.until(lambda: self.ready)
+        data, failed = self.ready
         value = unpack(data)
         if not failed: return value
         try: raise value
         finally:
             del value               # it has this frame in its traceback: no cycle, or views would live on
     def __await__(self):
-        yield from asyncio.wrap_future(self.arrived)
+        client = self.hold.client
+        future = Future()
+        future.set_running_or_notify_cancel()       # asyncio.wait_for() cannot cancel it
+        with client.news:
+            self.awaited.append(client.pump and future)
+            if self.ready: future.set_result(None)
+        yield from asyncio.wrap_future(future)
         return self.value()
     def hex(self): return f"{self.id:024x}"
     def __reduce__(self): return borrow, (self.id,)
@@ -559,7 +583,7 @@ def borrow(oid):                    # this process's ref, or a new one. Who sent
     return ref
 
 class Client:
-    """A socket to the hub. Any thread may send: a packet is whole or not there. One reads, and fulfils futures."""
+    """A socket to the hub. Any thread may send: a packet is whole or not there. Of those who wait, one reads for all."""
     works, node, gpus = False, None, ()
     def __init__(self, sock, **known):
         vars(self).update(known)
@@ -568,9 +592,24 @@ class Client:
         self.refs = weakref.WeakValueDictionary()
         self.used = {}              # id -> File, of the large values that this process has made
         self.spare = collections.deque(maxlen=4)                # those whose values are gone
-        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.dropped = collections.deque()      # ids of refs that are gone, to be told with the next packet
+        self.packets = collections.deque()      # that are not handled yet
+        self.news = threading.Condition()
+        self.reading = self.gone = False
+        self.poll = select.poll()
+        self.poll.register(sock, select.POLLIN)
+        self.guard = self.start(self.watch)
+    def start(self, function):
+        thread = threading.Thread(target=function, daemon=True)
+        thread.start()
+        return thread
+    @cached_property
+    def pump(self): return self.start(lambda: self.until(lambda: self.gone))    # reads for event loops
     def send(self, *message):
-        try: send_packet(self.sock, [message])
+        drops = ["drop"]
+        with contextlib.suppress(IndexError):       # other threads send, too
+            while True: drops.append(self.dropped.popleft())
+        try: send_packet(self.sock, [drops, message])
         except OSError as error: raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
     def ask(self, *question):
         answer = ObjectRef(self, next(self.ids))
@@ -579,11 +618,44 @@ class Client:
     def find_actor(self, *question):
         aid, options = self.ask("actor", *question)
         return ActorHandle(borrow(aid), options)
-    def read(self):
-        while messages := receive(self.sock):
+    def until(self, there, timeout=math.inf):
+        """Waits until it is so; False if it is not in time."""
+        end = time.monotonic() + timeout
+        with self.news:
+            while not there():
+                left = end - time.monotonic()
+                if left < 0: return False
+                if self.reading: self.news.wait(min(left, 1))
+                else: self.hear(min(left, 1))
+        return True
+    def hear(self, seconds):        # what comes in time; others have the lock meanwhile
+        if self.reading: return False
+        self.reading = True
+        self.news.release()
+        try:
+            if not seconds or self.poll.poll(seconds * 1000): receive(self.sock, self.packets)
+        finally:
+            self.news.acquire()
+            self.reading = False
+        heard = bool(self.packets)
+        while self.packets:
+            messages = open_packet(*self.packets[0])
+            if not messages: self.lose()
             for name, *args in messages: getattr(self, f"on_{name}")(*args)
+            self.packets.popleft()
+        self.news.notify_all()
+        return heard
+    def lose(self):
+        self.gone = True
         for oid in list(self.refs.data):
             self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
+    def watch(self):                # tells what was dropped, and sees how it ends
+        poll = select.poll()
+        poll.register(self.sock, 0)
+        with contextlib.suppress(RaySystemError):
+            while not poll.poll(100):
+                if self.dropped: self.send("drop")
+        self.until(lambda: self.gone)
         self.end()
     def end(self):                  # whatever the hub died of, nothing stays of what it had started
         self.hub.wait()
@@ -594,8 +666,8 @@ class Client:
         if isinstance(value, File):
             value = value.map()
             value.hold = ref.hold
-        ref.ready = True
-        ref.arrived.set_result((value, failed))
+        ref.ready = value, failed
+        for future in ref.awaited: future.set_result(None)
     def on_recycle(self, oid): self.spare.append(self.used.pop(oid))
     def store(self, value, oid=None):    # (bytes or a File, ids of the refs inside); with an id, to be recycled
         pieces, size, refs = pack(value)
@@ -629,26 +701,29 @@ current = contextvars.ContextVar("current", default=None)           # the Task t
 class Worker(Client):               # runs tasks, or an actor's calls: one by one, in threads, or in an event loop
     works = True
     def live(self):
-        self.running, self.cancelled, self.inbox = {}, set(), queue.SimpleQueue()       # running: id -> asyncio task
-        self.begin = self.inbox.put
-        self.reader.start()
+        self.running, self.cancelled, self.inbox = {}, set(), collections.deque()       # running: id -> asyncio task
+        self.begin = self.inbox.append
         while True:
-            call = self.inbox.get()
+            self.until(lambda: self.inbox)
+            with self.news:
+                while self.hear(0): pass            # a cancel, perhaps
+            call = self.inbox.popleft()
             if call.method == "__init__": self.become(call)
             self.execute(call)
     def become(self, call):         # an actor; if it takes several calls at a time, later ones do not go to the inbox
-        self.plan = call.options
-        most = self.plan["max_concurrency"]
-        if self.plan["asynchronous"]:
+        self.plan = call.fields[7]
+        most = call.options["max_concurrency"]
+        if call.options["asynchronous"]:
             self.loop = asyncio.new_event_loop()
             self.slots = asyncio.Semaphore(most)
             self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
             self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
+            _ = self.pump
             self.loop.run_forever()
         elif most > 1:
             self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
     def end(self): os._exit(1)      # the hub is gone
-    def on_run(self, *call): self.begin(Task(*call))
+    def on_run(self, *call): self.begin(Task(*call, call))
     def on_cancel(self, tid):       # soon: what has not begun could not even say so
         self.cancelled.add(tid)
         if tid in self.running: self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
@@ -732,7 +807,6 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     session = secrets.token_hex(8)
     hub, sock = start_python("serve", (runtime_env or {}).get("env_vars", {}), session, total)
     the_client = Client(sock, hub=hub, session=session)
-    the_client.reader.start()
     return context
 def visible_gpus(count):            # their names: those of CUDA_VISIBLE_DEVICES, indices or UUIDs, or else 0, 1,
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -745,7 +819,7 @@ def shutdown():
     if client is None or client.works: return
     the_client = None
     with contextlib.suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)           # the hub, too, reads its end
-    client.reader.join()
+    client.guard.join()
     client.sock.close()
     put_once.cache_clear()
 def is_initialized(): return the_client is not None
@@ -762,13 +836,14 @@ def get(refs, *, timeout=None):
     return [ref.value() for ref in refs]
 def arrive(refs, count, timeout):
     """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
-    late = [ref.arrived for ref in refs if not ref.ready]
-    missing = count - len(refs) + len(late)
-    if missing <= 0: return True
+    def there():
+        missing = (ref for ref in refs[::-1] if not ref.ready)      # the last ones mostly come last
+        return len(list(itertools.islice(missing, spare))) < spare
+    spare = len(refs) - count + 1
+    if there(): return True
     client = connected()
     if client.works: client.send("blocked", 1)
-    try: return bool(list(itertools.islice(as_completed(late, timeout), missing)))
-    except LateError: return False
+    try: return client.until(there, math.inf if timeout is None else timeout)
     finally:
         if client.works: client.send("blocked", -1)
 def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
@@ -813,8 +888,8 @@ class Remote:                       # what can be called: a function, a class, o
     def plan(self):                 # what the hub and the workers have to know of the options
         plan = DEFAULTS | self.given
         if self.actor:
-            return {"label": f"{self.actor._plan['label']}.{self.target}", "retries": plan["max_task_retries"],
-                    "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]}
+            return pickle.dumps({"label": self.given["label"], "retries": plan["max_task_retries"],
+                    "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]})
         plan |= {"label": self.target.__name__, "retries": plan["max_retries"], "bundle": None}
         cpus = plan["num_cpus"]
         if cpus is None: cpus = 0 if self.method else 1         # as in Ray: an actor has to ask for one
@@ -831,27 +906,30 @@ class Remote:                       # what can be called: a function, a class, o
             index = strategy.placement_group_bundle_index
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
         plan["shape"] = f"{plan['demand']} {plan['bundle']}"
-        return plan
+        return pickle.dumps(plan)
     def remote(self, *args, **kwargs):              # the refs of the values, or the handle of an actor
         client = connected()
-        plan = self.plan
+        plan = known(self.plan)
         stored, refs = client.store((args, kwargs))
         deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
         values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
         returns = [value.id for value in values]
         tid = returns[0] if returns else next(client.ids)
         function = None if self.actor else put_once(client, self.target).id
-        fields = (tid, function, self.method, stored, deps, refs, returns, plan)
+        fields = (tid, function, self.method, stored, deps, refs, returns, self.plan)
         if self.method == "__init__": return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
-        client.send("submit", *fields, self.actor and self.actor._ref.id)
+        client.send("submit", *fields, self.actor and self.actor.id)
         return values[0] if len(values) == 1 else values or None
 
 class ActorHandle:                  # handle.method.remote(...) calls. The actor ends when no handle is left anywhere
     def __init__(self, ref, plan): self._ref, self._plan = ref, plan
     def __getattr__(self, name):
-        methods = self._plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
-        if name not in methods: raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
-        return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
+        plan = known(self._plan)
+        methods = plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
+        if name not in methods: raise AttributeError(f"actor {plan['label']} has no method {name!r}")
+        given = {"max_task_retries": plan["max_task_retries"], "label": f"{plan['label']}.{name}"} | methods[name]
+        vars(self)[name] = Remote(name, given, self._ref)       # for the next time
+        return vars(self)[name]
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
 def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or remote(function)
     return partial(remote, **options) if target is None else Remote(target, checked(options))
