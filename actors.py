@@ -645,6 +645,9 @@ class Client:
             self.packets.popleft()
         self.news.notify_all()
         return heard
+    def drain(self):
+        with self.news:
+            while self.hear(0): pass
     def lose(self):
         self.gone = True
         for oid in list(self.refs.data):
@@ -678,6 +681,8 @@ class Client:
         if oid: self.used[oid] = file
         return file, refs
     def find_file(self, size):      # pages that were used before, if there are: fresh ones are ten times slower
+        if self.dropped: self.ask("nodes")          # when it answers, what was dropped is here
+        self.drain()
         for file in list(self.spare):
             if size <= len(file.memory) <= 2 * size:
                 with contextlib.suppress(ValueError):           # another thread has it
@@ -705,8 +710,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         self.begin = self.inbox.append
         while True:
             self.until(lambda: self.inbox)
-            with self.news:
-                while self.hear(0): pass            # a cancel, perhaps
+            self.drain()            # a cancel, perhaps
             call = self.inbox.popleft()
             if call.method == "__init__": self.become(call)
             self.execute(call)
