@@ -19,10 +19,14 @@ ends with its driver. What was lost is not computed again, values never spill to
 ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
 concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
-import array, asyncio, atexit, collections, contextlib, contextvars, dataclasses, importlib.util, inspect, io
-import itertools, math, mmap, os, pickle, resource, secrets, select, signal, socket, struct, subprocess, sys
-import threading, time, timeit, traceback, types, warnings, weakref
+import array, asyncio, atexit, contextlib, contextvars, importlib.util, inspect, io, itertools, math, mmap, os
+import pickle, resource, secrets, select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types
+import warnings, weakref
+from asyncio import CancelledError
+from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
@@ -75,34 +79,31 @@ def restore_tensor(buffer, dtype, shape, requires_grad):
     flat = torch.frombuffer(buffer, dtype=dtype) if math.prod(shape) else torch.empty(0, dtype=dtype)
     return flat.view(shape).requires_grad_(requires_grad)
 def pack(value):
-    """(pieces to be written one after the other, their bytes in all, ids of the refs in the value). The pieces:
-    n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes"""
+    """(pieces to be written one after the other, their bytes in all, ids of the refs in the value). The pieces: the
+    lengths of what follows, pickled, then the value, pickled, and its buffers; each filled up to a multiple of 64"""
     stream = io.BytesIO()
     buffers = []
     pickler = Pickler(stream, protocol=5, buffer_callback=buffers.append)
     pickler.refs = []
     pickler.dump(value)
     contents = [stream.getbuffer(), *[buffer.raw() for buffer in buffers]]
-    pieces = [struct.pack(f"<{len(contents) + 1}Q", len(contents), *map(len, contents))]
-    size = len(pieces[0])
-    for content in contents:
-        pieces += [bytes(-size % 64), content]
-        size += -size % 64 + len(content)
-    return pieces, size, pickler.refs
+    pieces = []
+    for content in [pickle.dumps(list(map(len, contents))), *contents]:
+        pieces += [content, bytes(-len(content) % 64)]
+    return pieces, sum(map(len, pieces)), pickler.refs
 def pack_small(value): return b"".join(pack(value)[0])
 def unpack(data):                   # arrays in the value are views of the data
     view = memoryview(data)
-    position = 8 + 8 * view[0:8].cast("Q")[0]
+    position = len(view)
     contents = []
-    for length in view[8:position].cast("Q"):
-        position += -position % 64
-        contents.append(view[position:position + length])
-        position += length
+    for length in reversed(pickle.loads(view)):
+        position -= length + -length % 64
+        contents.insert(0, view[position:position + length])
     return pickle.loads(contents[0], buffers=contents[1:])
 
 # --- packets of messages, and with them the descriptors of the memory files that are items of a message ---------------
 class Memory(mmap.mmap): """A mapped memory file. Views of a value keep it, it keeps the object's count, as `hold`."""
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class File:
     size: int
     fd: int = None                  # set by who receives it
@@ -119,9 +120,7 @@ def send_packet(sock, messages):
     if files: socket.send_fds(sock, [data], [file.fd for file in files])
     else: sock.send(data)
 def receive(sock, packets):         # a packet, if one has come, in one step of C: Ctrl-C is before or after it
-    try: packets.extend(map(sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
-    except BlockingIOError: pass
-    except ConnectionError: packets.append((b"", ()))
+    with suppress(OSError): packets.extend(map(sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
 def open_packet(data, ancillary, *_):           # its messages; there are none when the other end is gone
     fds = [fd for _, _, numbers in ancillary for fd in array.array("i", numbers)]
     if data == b"file":
@@ -172,14 +171,14 @@ def place_bundles(bundles, strategy, nodes):
         for pool in pools: pool.node.change(pool.total, 1)      # all or nothing
 
 # --- the hub: one process, one thread, no locks -----------------------------------------------------------------------
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Object:
     arrived: asyncio.Future         # of (bytes or a File, is it an error?)
     holds: int = 0                  # refs in processes, tasks that need it, objects that contain it: freed at 0
     maker: "Peer" = None            # who gets its pages back, for the next value
     inside: list = ()               # ids of the refs that the value contains
 
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Task:                         # a call; that of a constructor is the actor: they end together, a try is a restart
     id: int
     function: int                   # the object that is the pickled function or class
@@ -204,11 +203,10 @@ class Failed(Exception):            # a try came to nothing. `error` is for who 
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
 class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's futures and tasks need
-    todo = collections.deque()
+    todo = deque()
     def call_soon(self, function, *args, context=None): self.todo.append((function, args))
     def get_debug(self): return False
-    def create_future(self): return asyncio.Future(loop=self)
-    def create_task(self, life): return asyncio.Task(life, loop=self)
+    def create_future(self): return asyncio.Future()
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
@@ -220,26 +218,23 @@ class Peer:                         # a process at the other end of a socket; wh
         vars(self).update(known)
         self.sock = sock
         self.out = []
-        self.holds = collections.Counter()
+        self.holds = Counter()
         self.replies = {}           # task id (or "its end") -> future, of what runs there
         self.turns = weakref.WeakKeyDictionary()    # actor -> lock: what is asked of it, in order
         sock.setblocking(False)
         poller.register(sock, select.EPOLLIN)
         workers[sock.fileno()] = self
     def send(self, *message):
-        if not self.out: told.append(self)
+        told.add(self)
         self.out.append(message)
     def flush(self):
         try:
             while self.out:
                 send_packet(self.sock, self.out[:20])
                 del self.out[:20]
-        except BlockingIOError: poller.modify(self.sock, select.EPOLLIN | select.EPOLLOUT)
+        except BlockingIOError: told.add(self)          # it is full: later
         except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
     def hear(self):
-        if self.out:                                    # it was full
-            poller.modify(self.sock, select.EPOLLIN)
-            self.flush()
         packets = []
         receive(self.sock, packets)
         for packet in packets:
@@ -251,7 +246,7 @@ class Peer:                         # a process at the other end of a socket; wh
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
 machines, workers = [], {}          # lines: a lock for those who ask for the same; machines: the pools of the nodes
 changed = asyncio.Event()           # for who waits for resources
-told = []                           # those to whom something is to be sent
+told = set()                        # peers to whom something is to be sent
 poller = select.epoll()
 loop = Loop()
 def serve(fd, total):               # the process of the hub. It ends when the driver does, and with it all that ran
@@ -259,13 +254,15 @@ def serve(fd, total):               # the process of the hub. It ends when the d
     asyncio._set_running_loop(loop)
     Peer(inherited(fd))
     while True:                     # it hears all, does all, says all, and only then waits
-        for fd, _ in poller.poll():
+        for fd, _ in poller.poll(0.01 if told else None):
             try: workers[fd].hear()
             except Exception: traceback.print_exc()
         while loop.todo:
             function, args = loop.todo.popleft()
             function(*args)
-        while told: told.pop().flush()
+        peers = list(told)
+        told.clear()
+        for peer in peers: peer.flush()
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try: answer = globals()[f"ask_{name}"](peer, *args)
@@ -324,18 +321,18 @@ def on_submit(peer, *fields):
         task.actor = actors[task.id] = task
         task.up = asyncio.Event()
         objects[task.id].holds += task.options["lifetime"] == "detached"
-    task.life = asyncio.ensure_future(live(task))
+    task.life = asyncio.Task(live(task))
 async def live(task):  # from the arguments to the values, or the error. If there are tries left, it lives again
     attempt = run_alone if task.method in ("", "__init__") else run_call
     failure = None
     try: results = await attempt(task)
-    except asyncio.CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
+    except CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
     except Failed as error: failure = error
     except Exception as error: failure = Failed(error)              # options of another type, perhaps
     if failure and failure.again and task.retries:
         task.retries -= 1
         task.worker = None
-        task.life = asyncio.ensure_future(live(task))
+        task.life = asyncio.Task(live(task))
         return
     if failure: results = [(failure.error, ())] * len(task.returns)
     for oid, (value, inside) in zip(task.returns, results): seal(oid, value, inside, task.worker, failure is not None)
@@ -356,7 +353,7 @@ async def run_alone(task):          # a task; or an actor: its constructor, and 
                 task.refs = []
             await reply(worker, "its end")
         return results
-    except asyncio.CancelledError:
+    except CancelledError:
         worker.single = True                        # it still runs the task: give_back ends it
         raise
     finally: give_back(worker)
@@ -498,7 +495,7 @@ def ask_nodes(peer):
 def on_group(peer, gid, *fields):
     add(peer, gid)
     groups[gid] = None
-    asyncio.ensure_future(reserve(gid, *fields))
+    asyncio.Task(reserve(gid, *fields))
 async def reserve(gid, bundles, strategy, value):
     while gid in groups:
         groups[gid] = place_bundles(bundles, strategy, machines)
@@ -536,13 +533,13 @@ def end_tagged(tag):                # ends all that inherited this in their envi
     while found:                                    # one may just be starting another
         found = False
         for path in Path("/proc").glob("[0-9]*/environ"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 if f"{TAG}={tag}".encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
                     found = True
 
 # --- the client: what the driver and the workers have in common -------------------------------------------------------
-@dataclasses.dataclass(eq=False)
+@dataclass(eq=False)
 class Hold:                         # one of an object's counts. It lives as long as a ref, or a view of the memory
     client: object
     oid: int
@@ -567,9 +564,10 @@ class ObjectRef:
         client = self.hold.client
         future = Future()
         future.set_running_or_notify_cancel()       # asyncio.wait_for() cannot cancel it
-        with client.news:
-            self.awaited.append(client.pump and future)
+        with client.turn:
+            self.awaited.append(future)
             if self.ready: future.set_result(None)
+        client.pump
         yield from asyncio.wrap_future(future)
         return self.value()
     def hex(self): return f"{self.id:024x}"
@@ -583,7 +581,7 @@ def borrow(oid):                    # this process's ref, or a new one. Who sent
     return ref
 
 class Client:
-    """A socket to the hub. Any thread may send: a packet is whole or not there. Of those who wait, one reads for all."""
+    """A socket to the hub. Any thread may send: a packet is whole or not there. Who waits reads, for others, too."""
     works, node, gpus = False, None, ()
     def __init__(self, sock, **known):
         vars(self).update(known)
@@ -591,23 +589,20 @@ class Client:
         self.ids = itertools.count(secrets.randbits(64) << 32)
         self.refs = weakref.WeakValueDictionary()
         self.used = {}              # id -> File, of the large values that this process has made
-        self.spare = collections.deque(maxlen=4)                # those whose values are gone
-        self.dropped = collections.deque()      # ids of refs that are gone, to be told with the next packet
-        self.packets = collections.deque()      # that are not handled yet
-        self.news = threading.Condition()
-        self.reading = self.gone = False
-        self.poll = select.poll()
-        self.poll.register(sock, select.POLLIN)
-        self.guard = self.start(self.watch)
-    def start(self, function):
-        thread = threading.Thread(target=function, daemon=True)
-        thread.start()
-        return thread
+        self.spare = deque(maxlen=4)                # those whose values are gone
+        self.dropped = deque()      # ids of refs that are gone: the next packet says so
+        self.packets = deque()      # what has come and is not handled yet
+        self.turn = threading.Lock()
+        self.gone = False
+        self.poller = select.epoll()
+        self.poller.register(sock, select.EPOLLIN)
+        self.guard = threading.Thread(target=self.watch, daemon=True)
+        self.guard.start()
     @cached_property
-    def pump(self): return self.start(lambda: self.until(lambda: self.gone))    # reads for event loops
+    def pump(self): threading.Thread(target=self.until, args=[lambda: self.gone], daemon=True).start()
     def send(self, *message):
         drops = ["drop"]
-        with contextlib.suppress(IndexError):       # other threads send, too
+        with suppress(IndexError):       # other threads send, too
             while True: drops.append(self.dropped.popleft())
         try: send_packet(self.sock, [drops, message])
         except OSError as error: raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
@@ -618,47 +613,28 @@ class Client:
     def find_actor(self, *question):
         aid, options = self.ask("actor", *question)
         return ActorHandle(borrow(aid), options)
-    def until(self, there, timeout=math.inf):
-        """Waits until it is so; False if it is not in time."""
+    def until(self, there, timeout=math.inf):       # False if it is not so in time, though all that has come is read
         end = time.monotonic() + timeout
-        with self.news:
-            while not there():
-                left = end - time.monotonic()
-                if left < 0: return False
-                if self.reading: self.news.wait(min(left, 1))
-                else: self.hear(min(left, 1))
+        while not there():
+            left = end - time.monotonic()
+            heard = self.poller.poll(min(max(left, 0), 0.1))        # another thread may read it
+            with self.turn:
+                receive(self.sock, self.packets)
+                while self.packets:
+                    for name, *args in open_packet(*self.packets[0]): getattr(self, f"on_{name}")(*args)
+                    self.packets.popleft()
+            if left < 0 and not heard: return False
         return True
-    def hear(self, seconds):        # what comes in time; others have the lock meanwhile
-        if self.reading: return False
-        self.reading = True
-        self.news.release()
-        try:
-            if not seconds or self.poll.poll(seconds * 1000): receive(self.sock, self.packets)
-        finally:
-            self.news.acquire()
-            self.reading = False
-        heard = bool(self.packets)
-        while self.packets:
-            messages = open_packet(*self.packets[0])
-            if not messages: self.lose()
-            for name, *args in messages: getattr(self, f"on_{name}")(*args)
-            self.packets.popleft()
-        self.news.notify_all()
-        return heard
-    def drain(self):
-        with self.news:
-            while self.hear(0): pass
-    def lose(self):
-        self.gone = True
-        for oid in list(self.refs.data):
-            self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
-    def watch(self):                # tells what was dropped, and sees how it ends
+    def watch(self):                # says what was dropped, if nobody else does, and sees how it ends
         poll = select.poll()
         poll.register(self.sock, 0)
-        with contextlib.suppress(RaySystemError):
+        with suppress(RaySystemError):
             while not poll.poll(100):
                 if self.dropped: self.send("drop")
-        self.until(lambda: self.gone)
+        self.gone = True
+        with self.turn:
+            for oid in list(self.refs.data):
+                self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
         self.end()
     def end(self):                  # whatever the hub died of, nothing stays of what it had started
         self.hub.wait()
@@ -682,10 +658,10 @@ class Client:
         return file, refs
     def find_file(self, size):      # pages that were used before, if there are: fresh ones are ten times slower
         if self.dropped: self.ask("nodes")          # when it answers, what was dropped is here
-        self.drain()
+        self.until(bool, 0)
         for file in list(self.spare):
             if size <= len(file.memory) <= 2 * size:
-                with contextlib.suppress(ValueError):           # another thread has it
+                with suppress(ValueError):           # another thread has it
                     self.spare.remove(file)
                     file.size = size
                     return file
@@ -706,11 +682,11 @@ current = contextvars.ContextVar("current", default=None)           # the Task t
 class Worker(Client):               # runs tasks, or an actor's calls: one by one, in threads, or in an event loop
     works = True
     def live(self):
-        self.running, self.cancelled, self.inbox = {}, set(), collections.deque()       # running: id -> asyncio task
+        self.running, self.cancelled, self.inbox = {}, set(), deque()       # running: id -> asyncio task
         self.begin = self.inbox.append
         while True:
             self.until(lambda: self.inbox)
-            self.drain()            # a cancel, perhaps
+            self.until(bool, 0)     # a cancel, perhaps
             call = self.inbox.popleft()
             if call.method == "__init__": self.become(call)
             self.execute(call)
@@ -722,7 +698,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
             self.slots = asyncio.Semaphore(most)
             self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
             self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
-            _ = self.pump
+            self.pump
             self.loop.run_forever()
         elif most > 1:
             self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
@@ -745,7 +721,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         try: self.succeed(call, self.resolve(call)())
         except BaseException as error: self.fail(call, error)
     def resolve(self, call):        # what to call, with its arguments: refs among them have become their values
-        if call.id in self.cancelled: raise asyncio.CancelledError
+        if call.id in self.cancelled: raise CancelledError
         if isinstance(call.args, File): call.args = call.args.map()
         args, kwargs = unpack(call.args)
         kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
@@ -769,7 +745,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
         text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
         failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
         if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
-        if isinstance(error, asyncio.CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
+        if isinstance(error, CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
         try:
             packed = pack_small(failure)
             unpack(packed)
@@ -822,7 +798,7 @@ def shutdown():
     client = the_client
     if client is None or client.works: return
     the_client = None
-    with contextlib.suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)           # the hub, too, reads its end
+    with suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)           # the hub, too, reads its end
     client.guard.join()
     client.sock.close()
     put_once.cache_clear()
@@ -890,20 +866,18 @@ class Remote:                       # what can be called: a function, a class, o
     def options(self, **options): return Remote(self.target, self.given | checked(options), self.actor)
     @cached_property
     def plan(self):                 # what the hub and the workers have to know of the options
-        plan = DEFAULTS | self.given
-        if self.actor:
-            return pickle.dumps({"label": self.given["label"], "retries": plan["max_task_retries"],
-                    "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]})
-        plan |= {"label": self.target.__name__, "retries": plan["max_retries"], "bundle": None}
+        plan = DEFAULTS | {"bundle": None, "label": getattr(self.target, "__name__", "")} | self.given
+        tries = {"": "max_retries", "__init__": "max_restarts"}.get(self.method, "max_task_retries")
+        plan["retries"] = plan[tries]
         cpus = plan["num_cpus"]
         if cpus is None: cpus = 0 if self.method else 1         # as in Ray: an actor has to ask for one
         demand = {"CPU": cpus, "GPU": plan["num_gpus"]} | plan["resources"]
         plan["demand"] = {name: amount for name, amount in demand.items() if amount}
-        if self.method:
+        if self.method == "__init__":
             members = inspect.getmembers(self.target, callable)
             asynchronous = any(inspect.iscoroutinefunction(member) for _, member in members)
             plan |= {"methods": {name: getattr(member, "_options", {}) for name, member in members},
-                     "retries": plan["max_restarts"], "asynchronous": asynchronous,
+                     "asynchronous": asynchronous,
                      "max_concurrency": plan["max_concurrency"] or (1000 if asynchronous else 1)}
         strategy = plan.pop("scheduling_strategy")
         if isinstance(strategy, PlacementGroupSchedulingStrategy):
@@ -950,8 +924,8 @@ def nodes(): return connected().ask("nodes")
 def cluster_resources(): return sum_up("Resources")
 def available_resources(): return sum_up("Available")
 def sum_up(which):
-    total = collections.Counter()
-    for node in nodes(): total += collections.Counter(node[which])      # which forgets what is 0
+    total = Counter()
+    for node in nodes(): total += Counter(node[which])      # which forgets what is 0
     return {name: amount for name, amount in total.items() if "GPU:" not in name}
 class Cluster:                      # several nodes on one machine: each is a pool of resources with workers of its own
     address = "local"
@@ -961,7 +935,7 @@ class Cluster:                      # several nodes on one machine: each is a po
         return types.SimpleNamespace(node_id=connected().ask("add_node", num_cpus, num_gpus, resources or {}))
 
 # --- placement groups: resources that are taken together, or not at all -----------------------------------------------
-@dataclasses.dataclass
+@dataclass
 class PlacementGroup:               # it lives until it is removed, or its driver ends
     id: ObjectRef
     bundle_specs: list
@@ -975,7 +949,7 @@ def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     client.send("group", group.id.id, bundles, strategy, pack_small(group))
     return group
 def remove_placement_group(group): connected().send("remove_group", group.id.id)
-@dataclasses.dataclass
+@dataclass
 class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
     placement_group_bundle_index: int = -1          # -1: any
@@ -1015,17 +989,17 @@ for name in ("exceptions actor cluster_utils util util.actor_pool util.placement
     sys.modules[f"{__name__}.{name}"] = util
 
 # --- the demo, and how fast it is -------------------------------------------------------------------------------------
-class Counter:
+class Tally:
     count = 0
     def crash(self): os._exit(1)
     def add(self):
         self.count += 1
         return self.count
-class AsyncCounter:
+class AsyncTally:
     async def add(self): return 1
 def demo():
     with init(num_cpus=2):
-        counter = remote(Counter).options(max_restarts=1).remote()
+        counter = remote(Tally).options(max_restarts=1).remote()
         print("an actor counts:", get([counter.add.remote() for _ in range(5)]))
         wait([counter.crash.remote()])
         again = get(counter.add.remote())
@@ -1041,12 +1015,12 @@ def measure(ray, large):            # how often a second a module with Ray's API
         timer = timeit.Timer(partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
     def call(function, times): ray.get([function.remote() for _ in range(times)])
-    plain = ray.remote(Counter).remote()
+    plain = ray.remote(Tally).remote()
     note("1 task", call, task, 1)
     note("1000 tasks", call, task, 1000)
     note("1 actor call", call, plain.add, 1)
     note("1000 actor calls", call, plain.add, 1000)
-    note("1000 async actor calls", call, ray.remote(AsyncCounter).remote().add, 1000)
+    note("1000 async actor calls", call, ray.remote(AsyncTally).remote().add, 1000)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
     note("put of 1 GiB", ray.put, importlib.import_module("numpy").ones(large, "u1"))
     ray.shutdown()
