@@ -27,7 +27,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial
+from functools import cache, cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
@@ -119,8 +119,6 @@ def send_packet(sock, messages):
         data = b"file"
     if files: socket.send_fds(sock, [data], [file.fd for file in files])
     else: sock.send(data)
-def receive(sock, packets):         # a packet, if one has come, in one step of C: Ctrl-C is before or after it
-    with suppress(OSError): packets.extend(map(sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
 def open_packet(data, ancillary, *_):           # its messages; there are none when the other end is gone
     fds = [fd for _, _, numbers in ancillary for fd in array.array("i", numbers)]
     if data == b"file":
@@ -232,15 +230,13 @@ class Peer:                         # a process at the other end of a socket; wh
             while self.out:
                 send_packet(self.sock, self.out[:20])
                 del self.out[:20]
-        except BlockingIOError: told.add(self)          # it is full: later
+        except BlockingIOError: return                  # it is full: later
         except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
+        told.discard(self)
     def hear(self):
-        packets = []
-        receive(self.sock, packets)
-        for packet in packets:
-            messages = open_packet(*packet)
-            if not messages: return peer_died(self)
-            for name, *args in messages: globals()[f"on_{name}"](self, *args)
+        messages = open_packet(*self.sock.recvmsg(PACKET, 2000))
+        if not messages: peer_died(self)
+        for name, *args in messages: globals()[f"on_{name}"](self, *args)
 
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
@@ -256,13 +252,12 @@ def serve(fd, total):               # the process of the hub. It ends when the d
     while True:                     # it hears all, does all, says all, and only then waits
         for fd, _ in poller.poll(0.01 if told else None):
             try: workers[fd].hear()
+            except ConnectionError: pass            # its end follows
             except Exception: traceback.print_exc()
         while loop.todo:
             function, args = loop.todo.popleft()
             function(*args)
-        peers = list(told)
-        told.clear()
-        for peer in peers: peer.flush()
+        for peer in list(told): peer.flush()
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try: answer = globals()[f"ask_{name}"](peer, *args)
@@ -567,7 +562,7 @@ class ObjectRef:
         with client.turn:
             self.awaited.append(future)
             if self.ready: future.set_result(None)
-        client.pump
+        _ = client.pump
         yield from asyncio.wrap_future(future)
         return self.value()
     def hex(self): return f"{self.id:024x}"
@@ -619,7 +614,7 @@ class Client:
             left = end - time.monotonic()
             heard = self.poller.poll(min(max(left, 0), 0.1))        # another thread may read it
             with self.turn:
-                receive(self.sock, self.packets)
+                with suppress(OSError): self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
                 while self.packets:
                     for name, *args in open_packet(*self.packets[0]): getattr(self, f"on_{name}")(*args)
                     self.packets.popleft()
@@ -698,7 +693,7 @@ class Worker(Client):               # runs tasks, or an actor's calls: one by on
             self.slots = asyncio.Semaphore(most)
             self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
             self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
-            self.pump
+            _ = self.pump
             self.loop.run_forever()
         elif most > 1:
             self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
@@ -976,8 +971,8 @@ class ActorPool:                    # spreads calls over actors, one at a time o
     def map(self, fn, values, among=1):
         for value in values: self.submit(fn, value)
         return (self.get_next(None, among) for _ in iter(self.has_next, False))
-    def get_next_unordered(self, timeout=None): return self.get_next(timeout, None)
-    def map_unordered(self, fn, values): return self.map(fn, values, None)
+    get_next_unordered = partialmethod(get_next, among=None)
+    map_unordered = partialmethod(map, among=None)
     def has_next(self): return bool(self.busy)
     def has_free(self): return bool(self.idle)
     def pop_idle(self): return self.idle.pop() if self.idle else None
