@@ -190,10 +190,9 @@ class Task:                         # a call; that of a constructor is the actor
     fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
     retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
-    life: object = None             # the coroutine
-    worker: "Peer" = None           # where it runs
-    death: "Failed" = None          # an actor's: what every further call gets
-    up: asyncio.Event = None        # an actor's: set when calls can be sent, or never will be
+    life = worker = None            # the coroutine; where it runs
+    death = up = None               # an actor's: Failed, what every further call gets; set when calls can be sent, or
+                                    # never will be
     def __post_init__(self): self.options = known(self.options)
 known = lru_cache(1000)(pickle.loads)
 class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
@@ -616,7 +615,7 @@ class Client:
             with self.turn:
                 with suppress(OSError): self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
                 while self.packets:
-                    for name, *args in open_packet(*self.packets[0]): getattr(self, f"on_{name}")(*args)
+                    for name, *args in open_packet(*self.packets[0]): globals()[f"on_{name}"](self, *args)
                     self.packets.popleft()
             if left < 0 and not heard: return False
         return True
@@ -629,20 +628,10 @@ class Client:
         self.gone = True
         with self.turn:
             for oid in list(self.refs.data):
-                self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
-        self.end()
-    def end(self):                  # whatever the hub died of, nothing stays of what it had started
-        self.hub.wait()
+                on_value(self, oid, pack_small(RaySystemError("the hub is gone")), True)
+        if self.works: os._exit(1)
+        self.hub.wait()             # whatever it died of, nothing stays of what it had started
         end_tagged(f"{self.session}-")
-    def on_value(self, oid, value, failed):
-        ref = self.refs.get(oid)
-        if not ref or ref.ready: return
-        if isinstance(value, File):
-            value = value.map()
-            value.hold = ref.hold
-        ref.ready = value, failed
-        for future in ref.awaited: future.set_result(None)
-    def on_recycle(self, oid): self.spare.append(self.used.pop(oid))
     def store(self, value, oid=None):    # (bytes or a File, ids of the refs inside); with an id, to be recycled
         pieces, size, refs = pack(value)
         if size <= INLINE: return b"".join(pieces), refs
@@ -670,92 +659,98 @@ class Client:
             self.spare.clear()
             time.sleep(0.05)        # others may be letting go just now
         raise ObjectStoreFullError(f"{size:,} bytes do not fit into the {free:,} that this machine has")
+def on_value(client, oid, value, failed):
+    ref = client.refs.get(oid)
+    if not ref or ref.ready: return
+    if isinstance(value, File):
+        value = value.map()
+        value.hold = ref.hold
+    ref.ready = value, failed
+    for future in ref.awaited: future.set_result(None)
+def on_recycle(client, oid): client.spare.append(client.used.pop(oid))
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
 current = contextvars.ContextVar("current", default=None)           # the Task that runs here
-
-class Worker(Client):               # runs tasks, or an actor's calls: one by one, in threads, or in an event loop
-    works = True
-    def live(self):
-        self.running, self.cancelled, self.inbox = {}, set(), deque()       # running: id -> asyncio task
-        self.begin = self.inbox.append
-        while True:
-            self.until(lambda: self.inbox)
-            self.until(bool, 0)     # a cancel, perhaps
-            call = self.inbox.popleft()
-            if call.method == "__init__": self.become(call)
-            self.execute(call)
-    def become(self, call):         # an actor; if it takes several calls at a time, later ones do not go to the inbox
-        self.plan = call.fields[7]
-        most = call.options["max_concurrency"]
-        if call.options["asynchronous"]:
-            self.loop = asyncio.new_event_loop()
-            self.slots = asyncio.Semaphore(most)
-            self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
-            self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
-            _ = self.pump
-            self.loop.run_forever()
-        elif most > 1:
-            self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
-    def end(self): os._exit(1)      # the hub is gone
-    def on_run(self, *call): self.begin(Task(*call, call))
-    def on_cancel(self, tid):       # soon: what has not begun could not even say so
-        self.cancelled.add(tid)
-        if tid in self.running: self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
-    def begin_async(self, call): self.running[call.id] = self.loop.create_task(self.execute_async(call))
-    async def execute_async(self, call):
-        current.set(call)
-        try:
-            async with self.slots:
-                result = self.resolve(call)()
-                self.succeed(call, await result if inspect.isawaitable(result) else result)
-        except BaseException as error: self.fail(call, error)
-        del self.running[call.id]
-    def execute(self, call):
-        current.set(call)
-        try: self.succeed(call, self.resolve(call)())
-        except BaseException as error: self.fail(call, error)
-    def resolve(self, call):        # what to call, with its arguments: refs among them have become their values
-        if call.id in self.cancelled: raise CancelledError
-        if isinstance(call.args, File): call.args = call.args.map()
-        args, kwargs = unpack(call.args)
-        kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
-        if call.function: target = load(call.function)
-        else: target = getattr(self.instance, call.method, partial(ray_call, self.instance))
-        return partial(target, *map(value_of, args), **kwargs)
-    def succeed(self, call, result):
-        count = len(call.returns)
-        if call.method == "__init__": self.instance, result = result, None
-        values = [result] if count == 1 else list(result or ())
-        if len(values) != count:
-            raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={count}")
-        stored = [self.store(value, oid) for value, oid in zip(values, call.returns)]
-        self.send("done", call.id, [refs for _, refs in stored], None, False, *[value for value, _ in stored])
-    def fail(self, call, error):
-        if isinstance(error, SystemExit):           # exit_actor(), too
-            atexit._run_exitfuncs()
-            self.send("kill", call.actor, True)
-            os._exit(1)
-        name, again = call.options["label"], call.options["retry_exceptions"]
-        text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
-        failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
-        if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
-        if isinstance(error, CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
-        try:
-            packed = pack_small(failure)
-            unpack(packed)
-            again = again is True or again and isinstance(error, unpack(again))
-        except Exception as problem:                # it cannot be sent, or not be made again: at least it can be read
-            packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
-        self.send("done", call.id, [], packed, again)
+running = {}                        # id -> asyncio task, of an async actor's calls
+cancelled = set()
+inbox = deque()
+begin = inbox.append                # what is done with a call that comes
+def work(fd, node, gpus):           # a worker: runs tasks, or an actor's calls: one by one, in threads, or in a loop
+    global the_client
+    the_client = Client(inherited(fd), works=True, node=node, gpus=gpus)
+    while True:
+        the_client.until(lambda: inbox)
+        the_client.until(bool, 0)   # a cancel, perhaps
+        call = inbox.popleft()
+        if call.method == "__init__": become(call)
+        execute(call)
+def become(call):                   # an actor; if it takes several calls at a time, later ones do not go to the inbox
+    global constructor, begin, loop, slots
+    constructor = call
+    most = call.options["max_concurrency"]
+    if call.options["asynchronous"]:
+        loop = asyncio.new_event_loop()
+        slots = asyncio.Semaphore(most)
+        begin = partial(loop.call_soon_threadsafe, begin_async)
+        loop.call_soon(execute, call)             # so its constructor finds a running loop
+        _ = the_client.pump
+        loop.run_forever()
+    elif most > 1: begin = partial(ThreadPoolExecutor(most).submit, execute)
+def on_run(client, *call): begin(Task(*call, call))
+def on_cancel(client, tid):         # soon: what has not begun could not even say so
+    cancelled.add(tid)
+    if tid in running: loop.call_soon_threadsafe(loop.call_soon, running[tid].cancel)
+def begin_async(call): running[call.id] = loop.create_task(execute_async(call))
+async def execute_async(call):
+    current.set(call)
+    try:
+        async with slots:
+            result = resolve(call)()
+            succeed(call, await result if inspect.isawaitable(result) else result)
+    except BaseException as error: fail(call, error)
+    del running[call.id]
+def execute(call):
+    current.set(call)
+    try: succeed(call, resolve(call)())
+    except BaseException as error: fail(call, error)
+def resolve(call):                  # what to call, with its arguments: refs among them have become their values
+    if call.id in cancelled: raise CancelledError
+    if isinstance(call.args, File): call.args = call.args.map()
+    args, kwargs = unpack(call.args)
+    kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
+    if call.function: target = load(call.function)
+    else: target = getattr(instance, call.method, partial(ray_call, instance))
+    return partial(target, *map(value_of, args), **kwargs)
+def succeed(call, result):
+    global instance
+    count = len(call.returns)
+    if call.method == "__init__": instance, result = result, None
+    values = [result] if count == 1 else list(result or ())
+    if len(values) != count:
+        raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={count}")
+    stored = [the_client.store(value, oid) for value, oid in zip(values, call.returns)]
+    the_client.send("done", call.id, [refs for _, refs in stored], None, False, *[value for value, _ in stored])
+def fail(call, error):
+    if isinstance(error, SystemExit):           # exit_actor(), too
+        atexit._run_exitfuncs()
+        the_client.send("kill", call.actor, True)
+        os._exit(1)
+    name, again = call.options["label"], call.options["retry_exceptions"]
+    text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
+    failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
+    if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
+    if isinstance(error, CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
+    try:
+        packed = pack_small(failure)
+        unpack(packed)
+        again = again is True or again and isinstance(error, unpack(again))
+    except Exception as problem:                # it cannot be sent, or made again: at least it can be read
+        packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
+    the_client.send("done", call.id, [], packed, again)
 def ray_call(instance, function=bool, *args, **kwargs): return function(instance, *args, **kwargs)
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
 @cache
 def load(function): return borrow(function).value()
-def work(fd, node, gpus):           # the process of a worker
-    global the_client
-    the_client = Worker(inherited(fd), node=node, gpus=gpus)
-    the_client.live()
 
 # --- the API, by Ray's names ------------------------------------------------------------------------------------------
 the_client = None
@@ -803,7 +798,7 @@ def put(value):
     ref = ObjectRef(client, next(client.ids))
     stored, refs = client.store(value, ref.id)
     client.send("put", ref.id, stored, refs)
-    client.on_value(ref.id, stored, False)
+    on_value(client, ref.id, stored, False)
     return ref
 def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
@@ -912,7 +907,7 @@ class RuntimeContext:
     def get_node_id(self): return connected().node or nodes()[0]["NodeID"]
     def get_actor_id(self): return current.get() and current.get().actor and f"{current.get().actor:024x}"
     def get_accelerator_ids(self): return {"GPU": list(connected().gpus)}
-    current_actor = property(lambda self: ActorHandle(borrow(current.get().actor), connected().plan))
+    current_actor = property(lambda self: ActorHandle(borrow(current.get().actor), constructor.fields[7]))
 def get_runtime_context(): return RuntimeContext()
 def get_gpu_ids(): return [int(gpu) if gpu.isdigit() else gpu for gpu in connected().gpus]
 def nodes(): return connected().ask("nodes")
