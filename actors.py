@@ -203,7 +203,7 @@ class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's fu
     todo = deque()
     def call_soon(self, function, *args, context=None): self.todo.append((function, args))
     def get_debug(self): return False
-    def create_future(self): return asyncio.Future()
+    create_future = asyncio.Future
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
@@ -540,12 +540,12 @@ class Hold:                         # one of an object's counts. It lives as lon
     def __del__(self): self.client.dropped.append(self.oid)
 
 class ObjectRef:
-    def __init__(self, client, oid):
-        self.id = oid
-        self.hold = Hold(client, oid)
+    def __init__(self, client, oid=None):
+        self.id = oid or next(client.ids)
+        self.hold = Hold(client, self.id)
         self.ready = None           # or (bytes or Memory, is it an error?)
         self.awaited = []           # futures of event loops
-        client.refs[oid] = self
+        client.refs[self.id] = self
     def value(self):
         if not self.ready: self.hold.client.until(lambda: self.ready)
         data, failed = self.ready
@@ -587,13 +587,12 @@ class Client:
         self.dropped = deque()      # ids of refs that are gone: the next packet says so
         self.packets = deque()      # what has come and is not handled yet
         self.turn = threading.Lock()
-        self.gone = False
         self.poller = select.epoll()
         self.poller.register(sock, select.EPOLLIN)
         self.guard = threading.Thread(target=self.watch, daemon=True)
         self.guard.start()
     @cached_property
-    def pump(self): threading.Thread(target=self.until, args=[lambda: self.gone], daemon=True).start()
+    def pump(self): threading.Thread(target=self.until, args=[lambda: not self.guard.is_alive()], daemon=True).start()
     def send(self, *message):
         drops = ["drop"]
         with suppress(IndexError):       # other threads send, too
@@ -601,7 +600,7 @@ class Client:
         try: send_packet(self.sock, [drops, message])
         except OSError as error: raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
     def ask(self, *question):
-        answer = ObjectRef(self, next(self.ids))
+        answer = ObjectRef(self)
         self.send("ask", answer.id, *question)
         return answer.value()
     def find_actor(self, *question):
@@ -611,13 +610,13 @@ class Client:
         end = time.monotonic() + timeout
         while not there():
             left = end - time.monotonic()
-            heard = self.poller.poll(min(max(left, 0), 0.1))        # another thread may read it
-            with self.turn:
-                with suppress(OSError): self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
+            if not self.poller.poll(min(max(left, 0), 0.1)) and left < 0: return False
+            with self.turn:         # a packet is taken in one step of C: Ctrl-C comes before it or after
+                with suppress(OSError):                         # another thread had it
+                    self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
                 while self.packets:
                     for name, *args in open_packet(*self.packets[0]): globals()[f"on_{name}"](self, *args)
                     self.packets.popleft()
-            if left < 0 and not heard: return False
         return True
     def watch(self):                # says what was dropped, if nobody else does, and sees how it ends
         poll = select.poll()
@@ -625,7 +624,6 @@ class Client:
         with suppress(RaySystemError):
             while not poll.poll(100):
                 if self.dropped: self.send("drop")
-        self.gone = True
         with self.turn:
             for oid in list(self.refs.data):
                 on_value(self, oid, pack_small(RaySystemError("the hub is gone")), True)
@@ -795,7 +793,7 @@ def shutdown():
 def is_initialized(): return the_client is not None
 def put(value):
     client = connected()
-    ref = ObjectRef(client, next(client.ids))
+    ref = ObjectRef(client)
     stored, refs = client.store(value, ref.id)
     client.send("put", ref.id, stored, refs)
     on_value(client, ref.id, stored, False)
@@ -880,7 +878,7 @@ class Remote:                       # what can be called: a function, a class, o
         plan = known(self.plan)
         stored, refs = client.store((args, kwargs))
         deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
-        values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
+        values = [ObjectRef(client) for _ in range(plan["num_returns"])]
         returns = [value.id for value in values]
         tid = returns[0] if returns else next(client.ids)
         function = None if self.actor else put_once(client, self.target).id
@@ -935,7 +933,7 @@ def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
     client = connected()
-    group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
+    group = PlacementGroup(ObjectRef(client), bundles)
     client.send("group", group.id.id, bundles, strategy, pack_small(group))
     return group
 def remove_placement_group(group): connected().send("remove_group", group.id.id)
@@ -978,24 +976,16 @@ for name in ("exceptions actor cluster_utils util util.actor_pool util.placement
              "util.scheduling_strategies").split():
     sys.modules[f"{__name__}.{name}"] = util
 
-# --- the demo, and how fast it is -------------------------------------------------------------------------------------
+# --- how fast it is ---------------------------------------------------------------------------------------------------
 class Tally:
     count = 0
-    def crash(self): os._exit(1)
     def add(self):
         self.count += 1
         return self.count
 class AsyncTally:
     async def add(self): return 1
-def demo():
-    with init(num_cpus=2):
-        counter = remote(Tally).options(max_restarts=1).remote()
-        print("an actor counts:", get([counter.add.remote() for _ in range(5)]))
-        wait([counter.crash.remote()])
-        again = get(counter.add.remote())
-        print("it crashes, runs again, and counts from", again)
-        assert again == 1
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
+    import numpy
     start = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     task = ray.remote(lambda: 9)
@@ -1012,7 +1002,7 @@ def measure(ray, large):            # how often a second a module with Ray's API
     note("1000 actor calls", call, plain.add, 1000)
     note("1000 async actor calls", call, ray.remote(AsyncTally).remote().add, 1000)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
-    note("put of 1 GiB", ray.put, importlib.import_module("numpy").ones(large, "u1"))
+    note("put of 1 GiB", ray.put, numpy.ones(large, "u1"))
     ray.shutdown()
     return rates
 def table(names, large=1 << 30):
@@ -1022,5 +1012,4 @@ def table(names, large=1 << 30):
 
 if __name__ == "__main__":
     import actors as module         # not as __main__: workers have to find its classes under the name they import
-    module.demo()
     module.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
