@@ -19,13 +19,13 @@ ends with its driver. What was lost is not computed again, values never spill to
 ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
 concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
-import array, asyncio, atexit, contextlib, contextvars, importlib.util, inspect, io, itertools, math, mmap, os
+import array, asyncio, atexit, importlib.util, inspect, io, itertools, math, mmap, os
 import pickle, resource, secrets, select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types
 import warnings, weakref
 from asyncio import CancelledError
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
@@ -201,7 +201,7 @@ class Failed(Exception):            # a try came to nothing. `error` is for who 
         self.again = again
 class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's futures and tasks need
     todo = deque()
-    def call_soon(self, function, *args, context=None): self.todo.append((function, args))
+    def call_soon(self, function, *args, context=None): self.todo.append(partial(function, *args))
     def get_debug(self): return False
     create_future = asyncio.Future
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
@@ -253,9 +253,7 @@ def serve(fd, total):               # the process of the hub. It ends when the d
             try: workers[fd].hear()
             except ConnectionError: pass            # its end follows
             except Exception: traceback.print_exc()
-        while loop.todo:
-            function, args = loop.todo.popleft()
-            function(*args)
+        while loop.todo: loop.todo.popleft()()
         for peer in list(told): peer.flush()
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
@@ -335,7 +333,7 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     release(task.refs)
 async def run_alone(task):          # a task; or an actor: its constructor, and then until the end of its process
     await arguments(task)
-    async with lines.setdefault(task.options["shape"], asyncio.Lock()):
+    async with lines.setdefault(hash(task.fields[7]), asyncio.Lock()):
         while not start(task): await changed.wait()
     worker = task.worker
     try:
@@ -354,9 +352,8 @@ async def run_alone(task):          # a task; or an actor: its constructor, and 
 async def run_call(task):
     actor = task.actor
     if not actor: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
-    ordered = actor.options["max_concurrency"] == 1
-    turn = task.owner.turns.setdefault(actor, asyncio.Lock()) if ordered else contextlib.nullcontext()
-    async with turn:                                # the next of its caller's calls waits until this one is sent
+    line = actor if actor.options["max_concurrency"] == 1 else task
+    async with task.owner.turns.setdefault(line, asyncio.Lock()):   # its caller's next call waits until this is sent
         await arguments(task)
         await actor.up.wait()
     if actor.death: raise actor.death
@@ -382,7 +379,7 @@ def on_done(worker, tid, refs, error, again, *values):
     if error: future.set_exception(Failed(error, again))
     else: future.set_result(list(zip(values, map(hold, refs))))  # hold now, as the worker may let go of them at once
 def ask_cancel(peer, oid):
-    for task in list(tasks.values()):
+    for task in tasks.values():
         if oid not in task.returns or task.method == "__init__": continue
         if task.actor and task.worker:              # an async call can be cancelled there, others go on
             task.worker.send("cancel", task.id)
@@ -438,7 +435,7 @@ def on_blocked(worker, change):     # what waits for a value lends its CPU, or n
         pool.change({name: taken[name] for name in taken if name == "CPU"}, lent)
         look_again()
 def end(worker):
-    if worker and not worker.gone: worker.process.kill()
+    if worker: worker.process.kill()
 
 def peer_died(worker):
     if not worker.process:                          # the driver
@@ -547,7 +544,7 @@ class ObjectRef:
         self.awaited = []           # futures of event loops
         client.refs[self.id] = self
     def value(self):
-        if not self.ready: self.hold.client.until(lambda: self.ready)
+        self.hold.client.until(lambda: self.ready)
         data, failed = self.ready
         value = unpack(data)
         if not failed: return value
@@ -609,8 +606,8 @@ class Client:
     def until(self, there, timeout=math.inf):       # False if it is not so in time, though all that has come is read
         end = time.monotonic() + timeout
         while not there():
-            left = end - time.monotonic()
-            if not self.poller.poll(min(max(left, 0), 0.1)) and left < 0: return False
+            left = max(0, end - time.monotonic())
+            if not (self.poller.poll(min(left, 0.1)) or left): return False
             with self.turn:         # a packet is taken in one step of C: Ctrl-C comes before it or after
                 with suppress(OSError):                         # another thread had it
                     self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
@@ -668,7 +665,7 @@ def on_value(client, oid, value, failed):
 def on_recycle(client, oid): client.spare.append(client.used.pop(oid))
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
-current = contextvars.ContextVar("current", default=None)           # the Task that runs here
+constructor = None                  # the Task that made the actor that lives here
 running = {}                        # id -> asyncio task, of an async actor's calls
 cancelled = set()
 inbox = deque()
@@ -700,7 +697,6 @@ def on_cancel(client, tid):         # soon: what has not begun could not even sa
     if tid in running: loop.call_soon_threadsafe(loop.call_soon, running[tid].cancel)
 def begin_async(call): running[call.id] = loop.create_task(execute_async(call))
 async def execute_async(call):
-    current.set(call)
     try:
         async with slots:
             result = resolve(call)()
@@ -708,7 +704,6 @@ async def execute_async(call):
     except BaseException as error: fail(call, error)
     del running[call.id]
 def execute(call):
-    current.set(call)
     try: succeed(call, resolve(call)())
     except BaseException as error: fail(call, error)
 def resolve(call):                  # what to call, with its arguments: refs among them have become their values
@@ -733,7 +728,8 @@ def fail(call, error):
         atexit._run_exitfuncs()
         the_client.send("kill", call.actor, True)
         os._exit(1)
-    name, again = call.options["label"], call.options["retry_exceptions"]
+    name = call.options["label"]
+    again = False
     text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
     failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
     if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
@@ -741,7 +737,8 @@ def fail(call, error):
     try:
         packed = pack_small(failure)
         unpack(packed)
-        again = again is True or again and isinstance(error, unpack(again))
+        kinds = unpack(call.options["retry_exceptions"])
+        again = kinds is True or isinstance(error, tuple(kinds or ()))
     except Exception as problem:                # it cannot be sent, or made again: at least it can be read
         packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
     the_client.send("done", call.id, [], packed, again)
@@ -763,7 +760,7 @@ def connected():
 def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_env=None, ignore_reinit_error=False,
          **_of_ray):                # what Ray has for its dashboard, its logs and the size of its memory is ignored
     global the_client
-    context = contextlib.ExitStack()                # so that `with init():` ends in a shutdown
+    context = ExitStack()                # so that `with init():` ends in a shutdown
     context.callback(shutdown)
     if the_client:
         if ignore_reinit_error or address or the_client.works: return context
@@ -805,7 +802,7 @@ def get(refs, *, timeout=None):
 def arrive(refs, count, timeout):
     """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
     def there():
-        missing = (ref for ref in refs[::-1] if not ref.ready)      # the last ones mostly come last
+        missing = (ref for ref in reversed(refs) if not ref.ready)      # the last ones mostly come last
         return len(list(itertools.islice(missing, spare))) < spare
     spare = len(refs) - count + 1
     if there(): return True
@@ -822,7 +819,7 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     ready = [ref for ref in refs if ref.ready][:num_returns]
     chosen = set(ready)
     return ready, [ref for ref in refs if ref not in chosen]
-def cancel(ref, *, force=False, recursive=True): connected().ask("cancel", ref.id)
+def cancel(ref, **_of_ray): connected().ask("cancel", ref.id)
 def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
 def exit_actor(): raise SystemExit(0)
 def get_actor(name, namespace=None): return connected().find_actor(name, True)
@@ -840,10 +837,7 @@ DEFAULTS = {"num_cpus": None, "num_gpus": 0, "resources": {}, "runtime_env": {},
 def checked(options):
     if unknown := options.keys() - DEFAULTS.keys():
         raise ValueError(f"unknown options {unknown}: choose from {list(DEFAULTS)}")
-    options = {name: value for name, value in options.items() if value is not None}
-    if isinstance(options.get("retry_exceptions"), (list, tuple)):      # packed, as the hub does not know these types
-        options["retry_exceptions"] = pack_small(tuple(options["retry_exceptions"]))
-    return options
+    return {name: value for name, value in options.items() if value is not None}
 @lru_cache(1000)
 def put_once(client, target): return put(target)         # a function or class is an object like any other
 
@@ -854,12 +848,12 @@ class Remote:                       # what can be called: a function, a class, o
     def options(self, **options): return Remote(self.target, self.given | checked(options), self.actor)
     @cached_property
     def plan(self):                 # what the hub and the workers have to know of the options
-        plan = DEFAULTS | {"bundle": None, "label": getattr(self.target, "__name__", "")} | self.given
+        own = {"bundle": None, "label": getattr(self.target, "__name__", ""), "num_cpus": 0 if self.method else 1}
+        plan = DEFAULTS | own | self.given          # as in Ray, an actor has to ask for a CPU
         tries = {"": "max_retries", "__init__": "max_restarts"}.get(self.method, "max_task_retries")
         plan["retries"] = plan[tries]
-        cpus = plan["num_cpus"]
-        if cpus is None: cpus = 0 if self.method else 1         # as in Ray: an actor has to ask for one
-        demand = {"CPU": cpus, "GPU": plan["num_gpus"]} | plan["resources"]
+        plan["retry_exceptions"] = pack_small(plan["retry_exceptions"])         # as the hub does not know these types
+        demand = {"CPU": plan["num_cpus"], "GPU": plan["num_gpus"]} | plan["resources"]
         plan["demand"] = {name: amount for name, amount in demand.items() if amount}
         if self.method == "__init__":
             members = inspect.getmembers(self.target, callable)
@@ -871,7 +865,6 @@ class Remote:                       # what can be called: a function, a class, o
         if isinstance(strategy, PlacementGroupSchedulingStrategy):
             index = strategy.placement_group_bundle_index
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
-        plan["shape"] = f"{plan['demand']} {plan['bundle']}"
         return pickle.dumps(plan)
     def remote(self, *args, **kwargs):              # the refs of the values, or the handle of an actor
         client = connected()
@@ -894,8 +887,7 @@ class ActorHandle:                  # handle.method.remote(...) calls. The actor
         methods = plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
         if name not in methods: raise AttributeError(f"actor {plan['label']} has no method {name!r}")
         given = {"max_task_retries": plan["max_task_retries"], "label": f"{plan['label']}.{name}"} | methods[name]
-        vars(self)[name] = Remote(name, given, self._ref)       # for the next time
-        return vars(self)[name]
+        return vars(self).setdefault(name, Remote(name, given, self._ref))      # and for the next time
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
 def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or remote(function)
     return partial(remote, **options) if target is None else Remote(target, checked(options))
@@ -903,9 +895,9 @@ def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or rem
 # --- where am I, and what is there? -----------------------------------------------------------------------------------
 class RuntimeContext:
     def get_node_id(self): return connected().node or nodes()[0]["NodeID"]
-    def get_actor_id(self): return current.get() and current.get().actor and f"{current.get().actor:024x}"
+    def get_actor_id(self): return constructor and f"{constructor.id:024x}"
     def get_accelerator_ids(self): return {"GPU": list(connected().gpus)}
-    current_actor = property(lambda self: ActorHandle(borrow(current.get().actor), constructor.fields[7]))
+    current_actor = property(lambda self: ActorHandle(borrow(constructor.id), constructor.fields[7]))
 def get_runtime_context(): return RuntimeContext()
 def get_gpu_ids(): return [int(gpu) if gpu.isdigit() else gpu for gpu in connected().gpus]
 def nodes(): return connected().ask("nodes")
@@ -917,7 +909,7 @@ def sum_up(which):
     return {name: amount for name, amount in total.items() if "GPU:" not in name}
 class Cluster:                      # several nodes on one machine: each is a pool of resources with workers of its own
     address = "local"
-    def __init__(self, initialize_head=True, connect=False, head_node_args=None):
+    def __init__(self, head_node_args=None, **_of_ray):
         self.shutdown = init(**head_node_args or {}).close
     def add_node(self, num_cpus=1, num_gpus=0, resources=None, **_of_ray):
         return types.SimpleNamespace(node_id=connected().ask("add_node", num_cpus, num_gpus, resources or {}))
@@ -977,13 +969,10 @@ for name in ("exceptions actor cluster_utils util util.actor_pool util.placement
     sys.modules[f"{__name__}.{name}"] = util
 
 # --- how fast it is ---------------------------------------------------------------------------------------------------
-class Tally:
-    count = 0
-    def add(self):
-        self.count += 1
-        return self.count
-class AsyncTally:
-    async def add(self): return 1
+class Plain:
+    def method(self): return 9
+class Async:
+    async def method(self): return 9
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
     import numpy
     start = time.perf_counter()
@@ -995,12 +984,9 @@ def measure(ray, large):            # how often a second a module with Ray's API
         timer = timeit.Timer(partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
     def call(function, times): ray.get([function.remote() for _ in range(times)])
-    plain = ray.remote(Tally).remote()
-    note("1 task", call, task, 1)
-    note("1000 tasks", call, task, 1000)
-    note("1 actor call", call, plain.add, 1)
-    note("1000 actor calls", call, plain.add, 1000)
-    note("1000 async actor calls", call, ray.remote(AsyncTally).remote().add, 1000)
+    methods = [ray.remote(kind).remote().method for kind in (Plain, Async)]
+    for what, function in zip(("tasks", "actor calls", "async actor calls"), (task, *methods)):
+        for times in 1, 1000: note(f"{times} {what}", call, function, times)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
     note("put of 1 GiB", ray.put, numpy.ones(large, "u1"))
     ray.shutdown()
@@ -1011,5 +997,5 @@ def table(names, large=1 << 30):
     for what in columns[0]: print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns])
 
 if __name__ == "__main__":
-    import actors as module         # not as __main__: workers have to find its classes under the name they import
-    module.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
+    import actors                   # not as __main__: workers have to find its classes under the name they import
+    actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
