@@ -27,7 +27,7 @@ from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache, partial, partialmethod
+from functools import cached_property, lru_cache, partial, partialmethod
 from pathlib import Path
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
@@ -187,12 +187,11 @@ class Task:                         # a call; that of a constructor is the actor
     returns: list                   # ids of the objects that it makes
     options: dict                   # comes pickled, and mostly was there before
     actor: object                   # an id; in the hub, the Task of its constructor
-    fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
+    fields: tuple                   # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
-    retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
-    life = worker = None            # the coroutine; where it runs
-    death = up = None               # an actor's: Failed, what every further call gets; set when calls can be sent, or
-                                    # never will be
+    life = worker = None            # the coroutine, and where it runs
+    death = None                    # an actor's: Failed, what every further call gets
+    up = None                       # an actor's: an Event, set when calls can be sent, or never will be
     def __post_init__(self): self.options = known(self.options)
 known = lru_cache(1000)(pickle.loads)
 class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
@@ -306,7 +305,7 @@ def seal(oid, value, inside=(), maker=None, failed=False):  # the value is there
 def on_submit(peer, *fields):
     task = tasks[fields[0]] = Task(*fields, fields, peer)
     task.refs = hold([task.function, *task.refs, task.actor])
-    task.retries = task.options["retries"]
+    task.retries = task.options["retries"]          # how often it may be tried again; -1, for ever, never comes to 0
     task.actor = actors.get(task.actor)
     for oid in task.returns: add(peer, oid)
     if task.method == "__init__":
@@ -744,7 +743,7 @@ def fail(call, error):
     the_client.send("done", call.id, [], packed, again)
 def ray_call(instance, function=bool, *args, **kwargs): return function(instance, *args, **kwargs)
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
-@cache
+@lru_cache
 def load(function): return borrow(function).value()
 
 # --- the API, by Ray's names ------------------------------------------------------------------------------------------
@@ -971,8 +970,6 @@ for name in ("exceptions actor cluster_utils util util.actor_pool util.placement
 # --- how fast it is ---------------------------------------------------------------------------------------------------
 class Plain:
     def method(self): return 9
-class Async:
-    async def method(self): return 9
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
     import numpy
     start = time.perf_counter()
@@ -984,9 +981,10 @@ def measure(ray, large):            # how often a second a module with Ray's API
         timer = timeit.Timer(partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
     def call(function, times): ray.get([function.remote() for _ in range(times)])
-    methods = [ray.remote(kind).remote().method for kind in (Plain, Async)]
-    for what, function in zip(("tasks", "actor calls", "async actor calls"), (task, *methods)):
-        for times in 1, 1000: note(f"{times} {what}", call, function, times)
+    method = ray.remote(Plain).remote().method
+    for times in 1, 1000:
+        note(f"{times} tasks", call, task, times)
+        note(f"{times} actor calls", call, method, times)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
     note("put of 1 GiB", ray.put, numpy.ones(large, "u1"))
     ray.shutdown()
