@@ -11,17 +11,16 @@
     @ray.remote                                     wait, kill, cancel, get_actor, exit_actor, method, nodes,
     def square(x): return x * x                     cluster_resources, available_resources, get_gpu_ids,
     ray.get([square.remote(i) for i in range(9)])   get_runtime_context, exceptions; util: ActorPool, placement_group;
-    python actors.py    (a demo; speed beside Ray)  cluster_utils.Cluster.
+    python actors.py    (how fast it is beside Ray) cluster_utils.Cluster.
 
 What differs: it is for one machine (for more, write `import ray` for `import actors as ray`). What no node could hold
-is an error at once, a wrong argument one at get(). cancel() of a task that runs ends its process. A detached actor
-ends with its driver. What was lost is not computed again, values never spill to disk; up to four memory files of freed
-ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
-concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
+is an error at once, a wrong argument one at get(). cancel() of a task that runs ends its process. A detached actor ends
+with its driver. What was lost is not computed again, values never spill to disk; up to four memory files of freed ones
+stay with their maker for its next. What goes is freed within 0.1 s. Namespaces and sizes of memory are ignored. There
+are no generators, concurrency groups, node affinity, dashboard. To write into what was got is a segfault: clone it.
 """
-import array, asyncio, atexit, importlib.util, inspect, io, itertools, math, mmap, os
-import pickle, resource, secrets, select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types
-import warnings, weakref
+import array, asyncio, atexit, importlib.util, inspect, io, itertools, math, mmap, os, pickle, resource, secrets
+import select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types, warnings, weakref
 from asyncio import CancelledError
 from collections import Counter, deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -175,7 +174,6 @@ class Object:
     holds: int = 0                  # refs in processes, tasks that need it, objects that contain it: freed at 0
     maker: "Peer" = None            # who gets its pages back, for the next value
     inside: list = ()               # ids of the refs that the value contains
-
 @dataclass(eq=False)
 class Task:                         # a call; that of a constructor is the actor: they end together, a try is a restart
     id: int
@@ -190,8 +188,7 @@ class Task:                         # a call; that of a constructor is the actor
     fields: tuple                   # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
     life = worker = None            # the coroutine, and where it runs
-    death = None                    # an actor's: Failed, what every further call gets
-    up = None                       # an actor's: an Event, set when calls can be sent, or never will be
+    death = up = None               # an actor's: what further calls get; set when calls can be sent, or never will be
     def __post_init__(self): self.options = known(self.options)
 known = lru_cache(1000)(pickle.loads)
 class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
@@ -229,13 +226,12 @@ class Peer:                         # a process at the other end of a socket; wh
                 send_packet(self.sock, self.out[:20])
                 del self.out[:20]
         except BlockingIOError: return                  # it is full: later
-        except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
+        except OSError: self.out.clear()                # it is gone, and reading will say so
         told.discard(self)
     def hear(self):
         messages = open_packet(*self.sock.recvmsg(PACKET, 2000))
         if not messages: peer_died(self)
         for name, *args in messages: globals()[f"on_{name}"](self, *args)
-
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
 machines, workers = [], {}          # lines: a lock for those who ask for the same; machines: the pools of the nodes
@@ -259,7 +255,6 @@ def on_ask(peer, oid, name, *args):                 # a question is an object wh
     try: answer = globals()[f"ask_{name}"](peer, *args)
     except Exception as error: answer = error       # what makes no sense is the asker's problem
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
-
 # - objects: counted, shown, freed -
 def add(peer, oid):
     objects[oid] = Object(asyncio.Future())
@@ -300,7 +295,6 @@ def seal(oid, value, inside=(), maker=None, failed=False):  # the value is there
     obj.inside = inside
     obj.arrived.set_result((value, failed))
     release(hold([oid]))                            # maybe nobody wants it any more
-
 # - the life of a task -
 def on_submit(peer, *fields):
     task = tasks[fields[0]] = Task(*fields, fields, peer)
@@ -380,12 +374,10 @@ def on_done(worker, tid, refs, error, again, *values):
 def ask_cancel(peer, oid):
     for task in tasks.values():
         if oid not in task.returns or task.method == "__init__": continue
-        if task.actor and task.worker:              # an async call can be cancelled there, others go on
-            task.worker.send("cancel", task.id)
+        if task.actor and task.worker: task.worker.send("cancel", task.id)      # async calls can be; others go on
         else:                                       # soon: a coroutine that has not begun would not reach its except
             task.retries = 0
             loop.call_soon(task.life.cancel)
-
 # - resources and workers -
 def start(task):                    # takes resources and a worker. False if it has to wait for them
     demand = task.options["demand"]
@@ -435,7 +427,6 @@ def on_blocked(worker, change):     # what waits for a value lends its CPU, or n
         look_again()
 def end(worker):
     if worker: worker.process.kill()
-
 def peer_died(worker):
     if not worker.process:                          # the driver
         end_tagged(f"{os.environ[TAG]}-")
@@ -534,7 +525,6 @@ class Hold:                         # one of an object's counts. It lives as lon
     client: object
     oid: int
     def __del__(self): self.client.dropped.append(self.oid)
-
 class ObjectRef:
     def __init__(self, client, oid=None):
         self.id = oid or next(client.ids)
@@ -548,8 +538,7 @@ class ObjectRef:
         value = unpack(data)
         if not failed: return value
         try: raise value
-        finally:
-            del value               # it has this frame in its traceback: no cycle, or views would live on
+        finally: del value          # it has this frame in its traceback: no cycle, or views would live on
     def __await__(self):
         client = self.hold.client
         future = Future()
@@ -569,7 +558,6 @@ def borrow(oid):                    # this process's ref, or a new one. Who sent
         ref = ObjectRef(client, oid)
         client.send("borrow", oid)
     return ref
-
 class Client:
     """A socket to the hub. Any thread may send: a packet is whole or not there. Who waits reads, for others, too."""
     works, node, gpus = False, None, ()
@@ -607,11 +595,12 @@ class Client:
         while not there():
             left = max(0, end - time.monotonic())
             if not (self.poller.poll(min(left, 0.1)) or left): return False
-            with self.turn:         # a packet is taken in one step of C: Ctrl-C comes before it or after
-                with suppress(OSError):                         # another thread had it
+            with self.turn:         # Ctrl-C comes before or after a packet is taken, in one step of C. What was
+                with suppress(OSError):                         # interrupted is done again; files may be closed then
                     self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
                 while self.packets:
-                    for name, *args in open_packet(*self.packets[0]): globals()[f"on_{name}"](self, *args)
+                    with suppress(OSError):
+                        for name, *args in open_packet(*self.packets[0]): globals()[f"on_{name}"](self, *args)
                     self.packets.popleft()
         return True
     def watch(self):                # says what was dropped, if nobody else does, and sees how it ends
@@ -621,8 +610,7 @@ class Client:
             while not poll.poll(100):
                 if self.dropped: self.send("drop")
         with self.turn:
-            for oid in list(self.refs.data):
-                on_value(self, oid, pack_small(RaySystemError("the hub is gone")), True)
+            for oid in list(self.refs.data): on_value(self, oid, pack_small(RaySystemError("the hub is gone")), True)
         if self.works: os._exit(1)
         self.hub.wait()             # whatever it died of, nothing stays of what it had started
         end_tagged(f"{self.session}-")
@@ -661,13 +649,12 @@ def on_value(client, oid, value, failed):
         value.hold = ref.hold
     ref.ready = value, failed
     for future in ref.awaited: future.set_result(None)
-def on_recycle(client, oid): client.spare.append(client.used.pop(oid))
+def on_recycle(client, oid):
+    if oid in client.used: client.spare.append(client.used.pop(oid))
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
 constructor = None                  # the Task that made the actor that lives here
-running = {}                        # id -> asyncio task, of an async actor's calls
-cancelled = set()
-inbox = deque()
+running, cancelled, inbox = {}, set(), deque()      # id -> asyncio task, of an async actor; ids; Tasks to run
 begin = inbox.append                # what is done with a call that comes
 def work(fd, node, gpus):           # a worker: runs tasks, or an actor's calls: one by one, in threads, or in a loop
     global the_client
@@ -820,7 +807,7 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     return ready, [ref for ref in refs if ref not in chosen]
 def cancel(ref, **_of_ray): connected().ask("cancel", ref.id)
 def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
-def exit_actor(): raise SystemExit(0)
+def exit_actor(): raise SystemExit
 def get_actor(name, namespace=None): return connected().find_actor(name, True)
 def method(**options):              # defaults for one method of an actor: @method(num_returns=2)
     def mark(function):
@@ -839,7 +826,6 @@ def checked(options):
     return {name: value for name, value in options.items() if value is not None}
 @lru_cache(1000)
 def put_once(client, target): return put(target)         # a function or class is an object like any other
-
 class Remote:                       # what can be called: a function, a class, or a method of an actor; with its options
     def __init__(self, target, given, actor=None):
         self.target, self.given, self.actor = target, given, actor      # of an actor, the target is the method's name
@@ -878,7 +864,6 @@ class Remote:                       # what can be called: a function, a class, o
         if self.method == "__init__": return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
         client.send("submit", *fields, self.actor and self.actor.id)
         return values[0] if len(values) == 1 else values or None
-
 class ActorHandle:                  # handle.method.remote(...) calls. The actor ends when no handle is left anywhere
     def __init__(self, ref, plan): self._ref, self._plan = ref, plan
     def __getattr__(self, name):
@@ -920,7 +905,7 @@ class PlacementGroup:               # it lives until it is removed, or its drive
     bundle_specs: list
     def ready(self): return self.id
     def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
-def placement_group(bundles, strategy="PACK", name="", lifetime=None):
+def placement_group(bundles, strategy="PACK", **_of_ray):
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
     client = connected()
@@ -933,7 +918,6 @@ class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
     placement_group_bundle_index: int = -1          # -1: any
     placement_group_capture_child_tasks: bool = False           # Ray's; here what a task starts is never captured
-
 class ActorPool:                    # spreads calls over actors, one at a time on each
     def __init__(self, actors):
         self.idle, self.waiting, self.busy = list(actors), [], {}       # busy: ref -> its actor, as they were submitted
@@ -960,12 +944,10 @@ class ActorPool:                    # spreads calls over actors, one at a time o
     def has_next(self): return bool(self.busy)
     def has_free(self): return bool(self.idle)
     def pop_idle(self): return self.idle.pop() if self.idle else None
-
-# Ray's module names, so that `from actors.util import ActorPool` works: all are this one.
+# So that `from actors.util import ActorPool` works: Ray's modules are all this one
 util = exceptions = cluster_utils = actor = scheduling_strategies = sys.modules[__name__]
 for name in ("exceptions actor cluster_utils util util.actor_pool util.placement_group "
-             "util.scheduling_strategies").split():
-    sys.modules[f"{__name__}.{name}"] = util
+             "util.scheduling_strategies").split(): sys.modules[f"{__name__}.{name}"] = util
 
 # --- how fast it is ---------------------------------------------------------------------------------------------------
 class Plain:
@@ -993,7 +975,6 @@ def table(names, large=1 << 30):
     columns = [measure(importlib.import_module(name), large) for name in names]
     print("how often a second:", *names)
     for what in columns[0]: print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns])
-
 if __name__ == "__main__":
     import actors                   # not as __main__: workers have to find its classes under the name they import
     actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
