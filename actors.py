@@ -19,7 +19,7 @@ with its driver. What was lost is not computed again, values never spill to disk
 stay with their maker for its next. What goes is freed within 0.1 s. Namespaces and sizes of memory are ignored. There
 are no generators, concurrency groups, node affinity, dashboard. To write into what was got is a segfault: clone it.
 """
-import array, asyncio, atexit, importlib.util, inspect, io, itertools, math, mmap, os, pickle, resource, secrets
+import array, asyncio, atexit, importlib.util, inspect, io, math, mmap, os, pickle, resource
 import select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types, warnings, weakref
 from asyncio import CancelledError
 from collections import Counter, deque
@@ -27,7 +27,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial, partialmethod
+from itertools import chain, count, islice
 from pathlib import Path
+from secrets import randbits, token_hex
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
 INLINE = 64_000             # bytes: larger values get a memory file
@@ -111,7 +113,7 @@ class File:
     def __del__(self): os.close(self.fd)
 def send_packet(sock, messages):
     data = pickle.dumps(messages)
-    files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
+    files = [item for item in chain(*messages) if isinstance(item, File)]
     if len(data) > PACKET:          # it is a memory file itself
         files.insert(0, File(len(data), os.memfd_create("actors")))
         os.pwrite(files[0].fd, data, 0)
@@ -123,15 +125,14 @@ def open_packet(data, ancillary, *_):           # its messages; there are none w
     if data == b"file":
         with open(fds.pop(0), "rb") as file: data = file.read()
     messages = pickle.loads(data) if data else []
-    for item in itertools.chain(*messages):
+    for item in chain(*messages):
         if isinstance(item, File): item.fd = fds.pop(0)
     return messages
 
 # --- resources: what a node or a bundle has ---------------------------------------------------------------------------
-class Pool:
-    """What a node has, or a bundle, which took it from a node. "GPU:" and a visible GPU's name is a resource, too."""
+class Pool:                         # of a node, or of a bundle, which took it from one. "GPU:" and a name: a visible GPU
     def __init__(self, total, node=None):
-        self.id = secrets.token_hex(28)
+        self.id = token_hex(28)
         self.total = total
         self.free = dict(total)
         self.node = node or self
@@ -198,7 +199,7 @@ class Failed(Exception):            # a try came to nothing. `error` is for who 
 class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's futures and tasks need
     todo = deque()
     def call_soon(self, function, *args, context=None): self.todo.append(partial(function, *args))
-    def get_debug(self): return False
+    get_debug = bool                # that is, False
     create_future = asyncio.Future
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
@@ -243,13 +244,14 @@ def serve(fd, total):               # the process of the hub. It ends when the d
     machines.append(Pool(total))
     asyncio._set_running_loop(loop)
     Peer(inherited(fd))
-    while True:                     # it hears all, does all, says all, and only then waits
+    for turn in count():            # it hears all, does all, says all, and only then waits
         for fd, _ in poller.poll(0.01 if told else None):
             try: workers[fd].hear()
             except ConnectionError: pass            # its end follows
             except Exception: traceback.print_exc()
         while loop.todo: loop.todo.popleft()()
-        for peer in list(told): peer.flush()
+        for peer in list(told):     # to wake the driver takes long: it hears more at a time, while there is more to do
+            if peer.process or not turn % 99 or not poller.poll(0): peer.flush()
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try: answer = globals()[f"ask_{name}"](peer, *args)
@@ -401,7 +403,7 @@ def start(task):                    # takes resources and a worker. False if it 
             return True
 def find_worker(node, env, gpus):
     if node.idle and not env and not gpus: return node.idle.pop()
-    tag = f"{os.environ[TAG]}-{secrets.token_hex(8)}"
+    tag = f"{os.environ[TAG]}-{token_hex(8)}"
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if "GPU" in node.total else {}
     process, sock = start_python("work", visible | env, tag, node.id, gpus)
     return Peer(sock, process=process, node=node, tag=tag, env=env, single=env or gpus)
@@ -558,13 +560,12 @@ def borrow(oid):                    # this process's ref, or a new one. Who sent
         ref = ObjectRef(client, oid)
         client.send("borrow", oid)
     return ref
-class Client:
-    """A socket to the hub. Any thread may send: a packet is whole or not there. Who waits reads, for others, too."""
+class Client:                       # any thread may send: a packet is whole or not there; who waits reads, for all
     works, node, gpus = False, None, ()
     def __init__(self, sock, **known):
         vars(self).update(known)
         self.sock = sock
-        self.ids = itertools.count(secrets.randbits(64) << 32)
+        self.ids = count(randbits(64) << 32)
         self.refs = weakref.WeakValueDictionary()
         self.used = {}              # id -> File, of the large values that this process has made
         self.spare = deque(maxlen=4)                # those whose values are gone
@@ -755,7 +756,7 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))        # large values take descriptors
     cpus = len(os.sched_getaffinity(0)) if num_cpus is None else num_cpus
     total = node_total(cpus, visible_gpus(num_gpus), resources or {})
-    session = secrets.token_hex(8)
+    session = token_hex(8)
     hub, sock = start_python("serve", (runtime_env or {}).get("env_vars", {}), session, total)
     the_client = Client(sock, hub=hub, session=session)
     return context
@@ -769,7 +770,7 @@ def shutdown():
     client = the_client
     if client is None or client.works: return
     the_client = None
-    with suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)           # the hub, too, reads its end
+    client.sock.shutdown(socket.SHUT_RDWR)          # the hub, too, reads its end
     client.guard.join()
     client.sock.close()
     put_once.cache_clear()
@@ -785,11 +786,10 @@ def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
     if not arrive(refs, len(refs), timeout): raise GetTimeoutError(f"{len(refs)} values were not there in {timeout} s")
     return [ref.value() for ref in refs]
-def arrive(refs, count, timeout):
-    """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
+def arrive(refs, count, timeout):   # so many of them, or False: not in time. A task that waits lends its CPU to others
     def there():
         missing = (ref for ref in reversed(refs) if not ref.ready)      # the last ones mostly come last
-        return len(list(itertools.islice(missing, spare))) < spare
+        return len(list(islice(missing, spare))) < spare
     spare = len(refs) - count + 1
     if there(): return True
     client = connected()
@@ -808,7 +808,7 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
 def cancel(ref, **_of_ray): connected().ask("cancel", ref.id)
 def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
 def exit_actor(): raise SystemExit
-def get_actor(name, namespace=None): return connected().find_actor(name, True)
+def get_actor(name, **_of_ray): return connected().find_actor(name, True)
 def method(**options):              # defaults for one method of an actor: @method(num_returns=2)
     def mark(function):
         function._options = checked(options)
@@ -931,7 +931,7 @@ class ActorPool:                    # spreads calls over actors, one at a time o
             fn, value = self.waiting.pop(0)
             self.busy[fn(actor, value)] = actor
     def get_next(self, timeout=None, among=1):
-        if not self.busy: raise StopIteration("no more results")
+        if not self.busy: raise StopIteration
         ready, _ = wait(list(self.busy)[:among], timeout=timeout)
         if not ready: raise TimeoutError("no result was there in time")
         self.push(self.busy.pop(ready[0]))
@@ -951,7 +951,7 @@ for name in ("exceptions actor cluster_utils util util.actor_pool util.placement
 
 # --- how fast it is ---------------------------------------------------------------------------------------------------
 class Plain:
-    def method(self): return 9
+    def method(self): pass
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
     import numpy
     start = time.perf_counter()
