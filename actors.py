@@ -130,7 +130,7 @@ def open_packet(data, ancillary, *_):           # its messages; there are none w
     return messages
 
 # --- resources: what a node or a bundle has ---------------------------------------------------------------------------
-class Pool:                         # of a node, or of a bundle, which took it from one. "GPU:" and a name: a visible GPU
+class Pool:                         # of a node, or of a bundle, which took it from one. "GPU:" and a name: a GPU
     def __init__(self, total, node=None):
         self.id = token_hex(28)
         self.total = total
