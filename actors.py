@@ -219,7 +219,7 @@ class Peer:                         # a process at the other end of a socket; wh
         poller.register(sock, select.EPOLLIN)
         workers[sock.fileno()] = self
     def send(self, *message):
-        told.add(self)
+        told[self] = True
         self.out.append(message)
     def flush(self):
         try:
@@ -228,7 +228,7 @@ class Peer:                         # a process at the other end of a socket; wh
                 del self.out[:20]
         except BlockingIOError: return                  # it is full: later
         except OSError: self.out.clear()                # it is gone, and reading will say so
-        told.discard(self)
+        del told[self]
     def hear(self):
         messages = open_packet(*self.sock.recvmsg(PACKET, 2000))
         if not messages: peer_died(self)
@@ -237,7 +237,7 @@ class Peer:                         # a process at the other end of a socket; wh
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
 machines, workers = [], {}          # lines: a lock for those who ask for the same; machines: the pools of the nodes
 changed = asyncio.Event()           # for who waits for resources
-told = set()                        # peers to whom something is to be sent
+told = {}                           # the peers to whom something is to be sent, in order
 poller = select.epoll()
 loop = Loop()
 def serve(fd, total):               # the process of the hub. It ends when the driver does, and with it all that ran
