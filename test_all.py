@@ -144,6 +144,13 @@ def program(line):
     return code, out.getvalue(), err.getvalue()
 
 
+def python(*words, **environment):
+    """What another Python prints, if it ends well."""
+    command = [sys.executable, *words]
+    return subprocess.check_output(
+        command, cwd=HERE, env=os.environ | environment, text=True, timeout=600)
+
+
 def check_mistakes(table, **beginnings):
     """Each line has a command and, behind two spaces, what it is refused with."""
     for line in table.strip().splitlines():
@@ -1213,17 +1220,17 @@ def in_pages(lengths, kv_heads, dim, page):
 
 
 def kernel_cases(device="cpu", dtype=torch.float32):
-    """name: an operation and what it is called with; what wants a gradient comes in this dtype."""
+    """Operations and what they are called with; what wants a gradient comes in this dtype."""
     torch.manual_seed(0)
     randn = partial(torch.randn, requires_grad=True)
-    cases = {}
+    cases = []
 
-    def case(variant, operation, *args):
+    def case(operation, *args):
         args = list(args)
         for i, x in enumerate(args):
             if torch.is_tensor(x):
                 args[i] = x.to(device, dtype if x.requires_grad else x.dtype)
-        cases[f"{operation.__name__} {variant}"] = operation, args
+        cases.append((operation, args))
 
     for dim, heads, kv_heads, queries, keys in (
         (64, 4, 2, [1, 63, 65], [1, 63, 65]),
@@ -1233,21 +1240,21 @@ def kernel_cases(device="cpu", dtype=torch.float32):
     ):
         q = randn(sum(queries) + 3, heads, dim)                         # 3 tokens are of no sequence
         k, v = randn(2, sum(keys), kv_heads, dim)
-        case([dim, queries], K.flash_attention, q, k, v, ends_of(queries), ends_of(keys))
+        case(K.flash_attention, q, k, v, ends_of(queries), ends_of(keys))
 
     for width in (128, 200):
         x, residual = randn(2, 37, width)
         weight = randn(width)
-        case(width, K.rms_norm, x[None], weight)
-        case([width, "residual"], K.rms_norm, x, weight, 1e-6, residual)
-        case(width, K.swiglu, randn(2, 3, 2 * width))
+        case(K.rms_norm, x[None], weight)
+        case(K.rms_norm, x, weight, 1e-6, residual)
+        case(K.swiglu, randn(2, 3, 2 * width))
 
     for heads, kv_heads, dim in ((6, 3, 64), (8, 8, 128)):
         angles = torch.randn(50, dim // 2)
         tables = angles.cos(), angles.sin(), torch.arange(3) * 29 % 50
         qkv = randn(3, (heads + 2 * kv_heads) * dim)
-        case(heads, K.qkv_rotary, qkv, heads, kv_heads, *tables)
-        case([heads, "norms"], K.qkv_rotary, qkv, heads, kv_heads, *tables, *randn(2, dim))
+        case(K.qkv_rotary, qkv, heads, kv_heads, *tables)
+        case(K.qkv_rotary, qkv, heads, kv_heads, *tables, *randn(2, dim))
 
     for rows, vocab, width, temperature in (
         (1, 257, 64, 0.7),
@@ -1256,7 +1263,7 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         targets = torch.arange(rows) * 37 % vocab
         targets[3::5] = -100
         weight = randn(vocab, width) * 0.2
-        case(vocab, K.linear_cross_entropy, randn(rows, width), weight, targets, temperature)
+        case(K.linear_cross_entropy, randn(rows, width), weight, targets, temperature)
 
     for splits, heads, kv_heads, dim, page, lengths in (
         (None, 6, 3, 64, 16, [1, 7, 64, 65, 200, 0]),
@@ -1267,7 +1274,7 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         context = torch.tensor(lengths).int()
         q = randn(len(lengths), heads, dim)
         attend = torch.no_grad()(K.paged_attention)
-        case(page, attend, q, k.requires_grad_(), v.requires_grad_(), table, context, None, splits)
+        case(attend, q, k.requires_grad_(), v.requires_grad_(), table, context, None, splits)
     return cases
 
 
@@ -1287,25 +1294,23 @@ def draws_the_same(device="cpu"):
 
 
 def stores_in_place(device="cpu"):
+    kv = torch.randn(4, 2, 3, 64, device=device).transpose(0, 1)
     cache = torch.zeros(2, 80, 3, 64, device=device)
     want = cache.clone()
-    k, v = torch.randn(4, 6, 64, device=device).split(3, 1)
-    for slot, row in ((3, 0), (79, 2), (16, 3)):
-        want[0, slot] = k[row]
-        want[1, slot] = v[row]
+    want[:, [3, 79, 16]] = kv[:, [0, 2, 3]]
     slots = torch.tensor([3, -1, 79, 16], device=device)                # -1 is nowhere
-    K.store_kv(k, v, *cache.view(2, 5, 16, 3, 64), slots)
+    K.store_kv(*kv, *cache.view(2, 5, 16, 3, 64), slots)
     return torch.equal(cache, want)
 
 
 def check_kernels(device, dtype, bound):
     """Every case against the same operation in fp64, which is its reference."""
-    for name, (operation, args) in kernel_cases(device, dtype).items():
+    for operation, args in kernel_cases(device, dtype):
         doubles = [x.double() if getattr(x, "requires_grad", False) else x for x in args]
         ours = K.both_ways(operation, *args)
         exact = K.both_ways(operation, *doubles)
         assert len(ours) == len(exact)
-        assert max(map(relative_error, ours, exact)) < bound, name
+        assert max(map(relative_error, ours, exact)) < bound, (operation, args)
     assert draws_the_same(device)
     assert stores_in_place(device)
 
@@ -1318,17 +1323,7 @@ def check_interpreted():
 
 
 def test_interpreted_kernels_equal_fp64():
-    code = f"import {Path(__file__).stem} as tests; tests.check_interpreted()"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=HERE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    python("-c", f"import {__name__} as tests; tests.check_interpreted()", TRITON_INTERPRET="1")
 
 
 @gpu
@@ -1374,7 +1369,6 @@ def test_logprob_and_entropy_are_those_of_the_softmax_on_one_process_and_on_two(
 def chi_square(device="cpu", n=50_000):
     """How far the frequencies of sampled tokens are from those of the distribution, and that their logprobs are not."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-    many = logits.expand(n, 6).to(device)
     positions = torch.arange(n, device=device)
     seeds = torch.full_like(positions, 7)
     worst = 0
@@ -1385,16 +1379,15 @@ def chi_square(device="cpu", n=50_000):
         (1, -1, 0.7, 2),
         (0.9, 4, 0.8, 2),
     ):
-        scores = logits / temperature
-        full = scores.log_softmax(0)
-        kept = scores[:left].log_softmax(0)
-        outs = K.sample(many, temperature, top_k, top_p, seeds, positions, return_full=True)
-        tokens, logprobs, full_logprobs = (x.cpu() for x in outs)
-        assert torch.allclose(logprobs, kept[tokens], atol=1e-5)
-        assert torch.allclose(full_logprobs, full[tokens], atol=1e-5)
+        full = (logits / temperature).log_softmax(0)
+        kept = full[:left].log_softmax(0)
+        settings = temperature, top_k, top_p, seeds, positions
+        found = K.sample(logits.to(device).expand(n, 6), *settings, return_full=True)
+        tokens, *logprobs = [x.cpu() for x in found]
+        for ours, theirs in zip(logprobs, (kept, full)):
+            assert torch.allclose(ours, theirs[tokens], atol=1e-5)
         expected = n * kept.exp()
-        counts = torch.bincount(tokens, minlength=left)
-        distance = (counts - expected).square() / expected
+        distance = (tokens.bincount(minlength=left) - expected).square() / expected
         worst = max(worst, distance.sum())
     return worst
 
@@ -1492,9 +1485,9 @@ def test_a_row_gets_the_same_bits_among_any_others():
 
 @gpu
 def test_gradients_repeat_bit_for_bit_and_the_head_never_holds_the_logits():
-    for name, (operation, args) in kernel_cases("cuda", torch.bfloat16).items():
+    for operation, args in kernel_cases("cuda", torch.bfloat16):
         once = K.both_ways(operation, *args)
-        assert all(map(torch.equal, once, K.both_ways(operation, *args))), name
+        assert all(map(torch.equal, once, K.both_ways(operation, *args))), (operation, args)
     hidden = on_gpu(8192, 1024, requires_grad=True)
     weight = on_gpu(151_936, 1024, requires_grad=True)
     before = torch.cuda.memory_allocated()
@@ -1573,10 +1566,7 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
 
 
 def test_the_demo_checks_every_kernel():
-    command = [sys.executable, HERE / "kernels.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "flash_attention" in done.stdout
+    assert "flash_attention" in python("kernels.py")
 
 
 # --- parallel.py -----------------------------------------------------------------------------------------------------
@@ -2136,10 +2126,9 @@ def served(folder, count, **settings):
 
 def test_the_kernels_give_what_their_references_give(tiny):
     """The whole engine on interpreted Triton: shapes, strides and integer types are what the kernels want."""
-    code = f"""import json, {Path(__file__).stem} as tests
+    code = f"""import json, {__name__} as tests
 print(json.dumps([tests.served({tiny!r}, 4, exact=exact) for exact in (False, True)]))"""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, env=environment)
+    said = python("-c", code, TRITON_INTERPRET="1")
     want, logprobs = served(tiny, 4)
     for tokens, found in json.loads(said):
         assert tokens == want
@@ -3119,8 +3108,7 @@ def test_files_that_are_taken_along_run_their_demo_elsewhere(tmp_path, monkeypat
 
 def test_arrowlite_needs_nothing_but_numpy():
     code = "import sys; before = {*sys.modules}; import arrowlite; print(*{*sys.modules} - before)"
-    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE)
-    others = {name.partition(".")[0] for name in printed.split()} - sys.stdlib_module_names
+    others = {name.partition(".")[0] for name in python("-c", code).split()} - sys.stdlib_module_names
     assert {name for name in others if name[0] != "_"} == {"arrowlite", "numpy"}
 
 
@@ -3130,6 +3118,6 @@ def test_speeds_are_85_percent_of_those_in_the_readme_at_least():
     for file, pattern, readme in (
             ("engine.py", r"256 requests .* (\S+)", 23_600),
             ("parallel.py", r"mfu=([\d.]+)", 46.6)):
-        said = subprocess.check_output([sys.executable, file, "--bench"], cwd=HERE, text=True)
-        speeds = [float(x.replace(",", "")) for x in re.findall(pattern, said)]
+        found = re.findall(pattern, python(file, "--bench"))
+        speeds = [float(x.replace(",", "")) for x in found]
         assert max(speeds) > 0.85 * readme
