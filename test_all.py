@@ -6,7 +6,6 @@ bash run.sh test gpu        what needs a GPU
 """
 import asyncio
 import contextlib
-import copy
 import datetime as dt
 import gc
 import io
@@ -29,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
@@ -96,11 +94,6 @@ def forked(function, count, timeout):
             for child in children.processes:
                 child.kill()
         return [pickle.loads(path.read_bytes()) for path in paths]
-
-
-def in_child(function, *args, timeout=60):
-    """What a function returns in a process of its own: for limits, crashes and memory."""
-    return forked(lambda rank: function(*args), 1, timeout)[0]
 
 
 def on_ranks(world, function, *args, timeout=100):
@@ -516,19 +509,22 @@ def test_arrowlite_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def al_hammer(path, blobs):
     """Read perhaps damaged files in every way; a ValueError is fine, a crash or anything else is not."""
-    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    read = 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for blob in blobs:
-        path.write_bytes(blob)
-        signal.alarm(10)
-        with contextlib.suppress(ValueError):
-            table = al.read(path)
-            table.shuffle(0).to_pylist()
-            pa.table(table)
-            read += 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
-    return read
+    def read_all(rank):
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        read = 0
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for blob in blobs:
+            path.write_bytes(blob)
+            signal.alarm(10)
+            with contextlib.suppress(ValueError):
+                table = al.read(path)
+                table.shuffle(0).to_pylist()
+                pa.table(table)
+                read += 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+        return read
+
+    return forked(read_all, 1, 500)[0]
 
 
 @pytest.mark.parametrize("rounds", [
@@ -556,8 +552,7 @@ def test_arrowlite_spoilt_files_give_data_or_a_value_error(tmp_path, stream, rou
             ])
             spoilt[at:at + len(number)] = number
         blobs.append(spoilt)
-    read = in_child(al_hammer, tmp_path / "x", blobs, timeout=500)
-    assert rounds // 20 < read < rounds * 19 // 20
+    assert rounds // 20 < al_hammer(tmp_path / "x", blobs) < rounds * 19 // 20
 
 
 def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
@@ -571,7 +566,7 @@ def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
     fields += al.vector()
     schema = al.pack(None, fields)
     stream = al.message(al.SCHEMA, schema)
-    assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
+    assert al_hammer(tmp_path / "t", [stream]) == 0
 
 
 def test_arrowlite_the_demo_runs(capsys):
@@ -1317,7 +1312,6 @@ def check_kernels(device, dtype, bound):
 
 def check_interpreted():
     assert K.INTERPRET
-    torch.set_num_threads(1)
     K.SLICE = 2**6                  # the gradient of the head in several slices
     check_kernels("cpu", torch.float32, 1e-5)
 
@@ -1330,7 +1324,7 @@ def test_interpreted_kernels_equal_fp64():
 @pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 8e-3), (torch.float32, 1e-5)])
 def test_kernels_on_the_gpu_equal_fp64(dtype, bound):
     check_kernels("cuda", dtype, bound)
-    assert chi_square("cuda") < 26
+    check_samples("cuda")
 
 
 def plain_head(hidden, weight, targets, temperature):
@@ -1366,12 +1360,11 @@ def test_logprob_and_entropy_are_those_of_the_softmax_on_one_process_and_on_two(
     assert max(on_ranks(2, error_of_the_sharded_head, 2)) < 1e-12
 
 
-def chi_square(device="cpu", n=50_000):
-    """How far the frequencies of sampled tokens are from those of the distribution, and that their logprobs are not."""
+def check_samples(device="cpu", n=50_000):
+    """Tokens have the frequencies of the distribution, by the chi-square test, and its logprobs."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
     positions = torch.arange(n, device=device)
     seeds = torch.full_like(positions, 7)
-    worst = 0
     for temperature, top_k, top_p, left in (                            # left: how many tokens
         (1, -1, 1, 6),
         (0.6, -1, 1, 6),
@@ -1388,12 +1381,11 @@ def chi_square(device="cpu", n=50_000):
             assert torch.allclose(ours, theirs[tokens], atol=1e-5)
         expected = n * kept.exp()
         distance = (tokens.bincount(minlength=left) - expected).square() / expected
-        worst = max(worst, distance.sum())
-    return worst
+        assert distance.sum() < 26                                      # 5 degrees of freedom: one in 10,000
 
 
 def test_samples_have_the_frequencies_of_the_distribution():
-    assert chi_square() < 26                                            # 5 degrees of freedom: one in 10,000
+    check_samples()
 
 
 def test_a_request_gets_the_same_tokens_in_any_batch():
@@ -1402,13 +1394,12 @@ def test_a_request_gets_the_same_tokens_in_any_batch():
     logits[:4, [7, 250]] = 9
     temperature = torch.linspace(0.2, 1.5, 12).where(rows > 3, 0)
     top_p = torch.linspace(0.3, 1, 12)
-    settings = temperature, rows * 20, top_p, rows - 3
-    positions = rows * 9
-    tokens, logprobs = K.sample(logits, *settings, positions)
+    settings = temperature, rows * 20, top_p, rows - 3, rows * 9
+    tokens, logprobs = K.sample(logits, *settings)
     assert tokens[:4].tolist() == [7] * 4                               # greedy: the first of the largest
     assert not logprobs[:4].any()
     for some in ([5], [11, 2, 6]):
-        again = K.sample(*(x[some] for x in (logits, *settings, positions)))
+        again = K.sample(*(x[some] for x in (logits, *settings)))
         assert torch.equal(again[0], tokens[some])
         assert torch.equal(again[1], logprobs[some])
 
@@ -1518,13 +1509,14 @@ def test_rows_times_width_may_need_64_bits():
 
 
 def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
-    """A launch compiles for sm_90 and does no more; what the assembler made of it is counted."""
+    """A launch compiles for sm_90 and does no more; what the assembler made of it is read by others meanwhile."""
     launch = triton.JITFunction.run
-    codes = {}
+    readers = ThreadPoolExecutor(2)
+    machines = {}
 
     def compiled(*args, **named):
         code = launch(*args, **named | {"warmup": True})
-        codes[code.hash] = code
+        machines[code.name, code.hash] = readers.submit(code.asm.__getitem__, "sass")
 
     driver = mock.Mock()
     driver.active.get_current_target.return_value = GPUTarget("cuda", 90, 32)
@@ -1553,16 +1545,16 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
     K.sample(torch.zeros(4, 1000), 1.0, 5, 0.9, row, row)
     source = Path(K.__file__).read_text()                               # a kernel is what no other function calls
     kernels = {x for x in vars(K) if hasattr(getattr(K, x), "arg_names") and source.count(f" {x}(") == 1}
-    assert {code.name for code in codes.values()} == kernels
-    for code in codes.values():
-        name = code.name
-        counts = Counter(re.findall(r"\b(HGMMA|UTMALDG|HMMA|LDL|STL)", code.asm["sass"]))
+    assert {name for name, _ in machines} == kernels
+    for (name, _), reader in machines.items():
+        machine = reader.result()
+        spills = machine.count("LDL") + machine.count("STL")
         few = 30 if name == "_attention_keys" else 2                    # two accumulators of [128, 128]
-        assert counts["LDL"] + counts["STL"] <= few, (name, counts)
-        if name.startswith(("_attention", "_head")):
-            assert min(counts["HGMMA"], counts["UTMALDG"]) >= 4, (name, counts)
-        if name == "_paged_part":
-            assert counts["HMMA"] >= 16
+        assert spills <= few, (name, spills)
+        if name.startswith(("_attention", "_head")):                    # products, and the copy engine
+            assert min(machine.count("HGMMA"), machine.count("UTMALDG")) >= 4, name
+        if name == "_paged_part":                                       # small products
+            assert machine.count("HMMA") >= 16
 
 
 def test_the_demo_checks_every_kernel():
@@ -1879,6 +1871,11 @@ def llm(tiny):
     assert not engine.has_unfinished()
 
 
+@pytest.fixture
+def words(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
 def asked(**settings):
     return SamplingParams(**{"max_tokens": 20, "ignore_eos": True} | settings)
 
@@ -2031,7 +2028,7 @@ def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny)
         assert engine.scheduler.cached_tokens == want + 7 * (99 // page * page)
 
 
-def test_the_template_says_which_token_ends_a_turn(llm):
+def test_the_template_says_which_token_ends_a_turn(llm, words):
     talk = [{"role": "user", "content": "2 + 2?"}]
     [start] = llm.chat(
         talk, asked(max_tokens=0), chat_template_kwargs={"add_generation_prompt": False})
@@ -2044,10 +2041,9 @@ def test_the_template_says_which_token_ends_a_turn(llm):
         if 258 in tokens:
             tokens = tokens[:tokens.index(258) + 1]
         assert one["token_ids"] == two["token_ids"] == tokens
-    tokenizer = copy.deepcopy(llm.tokenizer)
     for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None)):
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
-        assert E.end_of_turn(tokenizer) == token
+        words.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
+        assert E.end_of_turn(words) == token
 
 
 def test_mistakes_are_refused_in_words_and_leave_nothing(tiny):
@@ -2210,11 +2206,6 @@ SMOLLM2_TEMPLATE = r"""{% if messages[0].role != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-@pytest.fixture
-def words(tiny):
-    return AutoTokenizer.from_pretrained(tiny)
 
 
 def talk(*texts):
@@ -2681,6 +2672,7 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
     ahead = slots - slots[:, None]                              # [actions, actions] how far one is ahead of another
     ahead = ahead.where(row == row[:, None], -1)                # of its row
     later = (ahead >= 0).double()
+    last = LENGTHS.cumsum(0) - 1
     values = noise(7)
     batch = {
         "lengths": LENGTHS, "score": noise(4, 4), "prox": noise(5), "reference": noise(6),
@@ -2690,10 +2682,10 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
             advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
             max_response=9, overlong_buffer=4 if kl == "k1" else 0))
         rewards = torch.zeros(21).double()
-        rewards[LENGTHS.cumsum(0) - 1] = batch["score"]
+        rewards[last] = batch["score"]
         if kl == "k1":
             rewards -= 0.3 * (batch["prox"] - batch["reference"])
-            rewards[LENGTHS.cumsum(0) - 1] -= ((LENGTHS - 5) / 4).clamp(0, 1)
+            rewards[last] -= ((LENGTHS - 5) / 4).clamp(0, 1)
         group = torch.segment_reduce(rewards, "sum", lengths=LENGTHS).view(-1, samples)
         mean = group.mean(1, keepdim=True)
         if kind == "gae":                                       # the double sum over later errors
