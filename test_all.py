@@ -2041,7 +2041,7 @@ def test_the_template_says_which_token_ends_a_turn(llm, words):
         if 258 in tokens:
             tokens = tokens[:tokens.index(258) + 1]
         assert one["token_ids"] == two["token_ids"] == tokens
-    for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None)):
+    for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None), ("bye", None)):
         words.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
         assert E.end_of_turn(words) == token
 
