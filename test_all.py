@@ -1509,7 +1509,7 @@ def test_rows_times_width_may_need_64_bits():
 
 
 def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
-    """A launch compiles for sm_90 and does no more; what the assembler made of it is read by others meanwhile."""
+    """A launch compiles for sm_90 and does no more; two threads read what the assembler made of it."""
     launch = triton.JITFunction.run
     readers = ThreadPoolExecutor(2)
     machines = {}
