@@ -700,9 +700,9 @@ def _scores(row, column, vocab, top, inverse):
     return (tl.load(row + column, column < vocab, -float("inf")).to(tl.float32) - top) * inverse
 @jit
 def _lowest(row, vocab, low, need, top, inverse, COUNT):
-    """The highest bound in [low, 0) that keeps `need`: so many, or this share of the probability that low keeps."""
+    """The highest of 2**18 bounds in [low, 0) that keeps `need`: so many, or this share of the mass that low keeps."""
     step = -low / 8
-    for i in range(8):
+    for i in range(6):
         bounds = low + step * _down(8)
         kept = _zeros(8, BLOCK)
         for first in range(0, vocab, BLOCK):
@@ -786,10 +786,10 @@ def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
     return tokens[:, 0], logprobs[:, 0], full.gather(1, tokens)[:, 0]
 def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=False):
     """Tokens [batch] (int64) and their logprobs under what they were sampled from: softmax(logits / temperature), the
-    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits stay or go
-    together. With return_full also the logprobs under all of softmax(logits / temperature), for training. temperature,
-    top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest, logprob 0, the full one at
-    temperature 1. seeds and positions [batch] (int64) are all the randomness."""
+    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits (to 0.0002 times
+    the temperature) stay or go together. With return_full also the logprobs under all of softmax(logits / temperature),
+    for training. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
+    logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
     zeros = torch.zeros_like(seeds)
     settings = zeros.float() + temperature, zeros + top_k, zeros.float() + top_p, seeds, positions
     if _on_triton(logits):
