@@ -44,6 +44,7 @@ import torch.distributed as dist
 import triton
 from pyarrow import feather, ipc
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 from torch.multiprocessing import start_processes
 from transformers import AutoTokenizer
 from triton.backends.compiler import GPUTarget
@@ -2568,6 +2569,8 @@ def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(tiny, words):
         assert (sample["finish_reason"] == "stop") == (end in ends)
         last.add(end)
     assert ends < last
+    words.backend_tokenizer.post_processor = TemplateProcessing(            # one that begins a text by itself
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     for template, before, after in (
             (QWEN3_TEMPLATE, "", "<think>\n\n</think>\n\n"),
