@@ -257,18 +257,17 @@ def flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k=None, max_seqlen_q=None,
         own = own if itemsize == 2 else 32
         grid = heads, sequences, _ceil(longest, own)
         kernel[grid](*tensors, *settings, own, num_warps=max(4, own // 16), num_stages=6 // itemsize)
-    def queries(own, q, k, v, *others):
-        launch(_attention_queries, heads, max_seqlen_q or len(q), own, q, *steps(k, v), *others)
+    queries = partial(launch, _attention_queries, heads, max_seqlen_q or len(q))
     def forward(q, k, v):
         out = blank(q)
         slots = (len(q) // 128 + sequences + 1) * 128                   # see _slot
         lse = _floats(q, heads, slots).fill_(-MASKED.value)    # past a sequence's end it weighs nothing backward
-        queries(64 if dim == 128 else 128, q, k, v, out, lse, None, None, None, slots)
+        queries(64 if dim == 128 else 128, q, *steps(k, v), out, lse, None, None, None, slots)
         return out, (q, k, v, out, lse)
     def backward(q, k, v, out, lse, dout):
         delta = torch.zeros_like(lse)
         dq, dk, dv = map(blank, (q, k, v))
-        queries(128, q, k, v, out, lse, dout, delta, dq, lse.shape[1])
+        queries(128, q, *steps(k, v), out, lse, dout, delta, dq, lse.shape[1])
         rows = [_tiled(x, [1, STEP.value]) for x in (lse, delta)]
         own = max(64, dim)
         launch(_attention_keys, kv_heads, max_seqlen_k or len(k), own, *steps(q, dout), *rows, k, v, dk, dv)
@@ -682,28 +681,28 @@ def linear_cross_entropy(hidden, weight, targets, temperature=1.0, group=None):
     lse, mean, hit = statistics(hidden, weight, target, inverse)
     if group is not None:
         own = torch.stack([lse, mean, hit * (target == targets - first)])           # 0 if it is not here
-        parts = [torch.empty_like(own) for _ in range(vocab // words)]
-        dist.all_gather(parts, own.detach(), group)
+        parts = own.new_empty(vocab // words, *own.shape)
+        dist.all_gather_into_tensor(parts, own.detach(), group)
         parts[first // words] = own                     # gradients flow into this rank's own
-        lse, mean, hit = torch.stack(parts, 1)          # [ranks, tokens] each
+        lse, mean, hit = parts.unbind(1)                # [ranks, tokens] each
         lse, mean, hit = lse.logsumexp(0), (lse.softmax(0) * mean).sum(0), hit.sum(0)
-    live = (targets >= 0).to(lse.dtype).where(targets < vocab, torch.nan)
+    live = torch.where(targets < vocab, targets >= 0, torch.nan)
     return (hit - lse).clamp(max=0) * live, (lse - mean) * live
 
 # --- sampling --------------------------------------------------------------------------------------------------------
 # An exponential race: with E[j] = -log(1 - u[j]), the largest log p[j] - log E[j] is a sample from p (Gumbel's trick).
 # u[j] is a hash of (seed, position, j): whatever else is in the batch, the same request gives the same tokens. One pass
-# over the row finds its top, one samples and sums up the probabilities. Top-k and top-p need the lowest score that is
-# kept: a search that tries 8 bounds in one pass, then 8 between the two that the answer lies between: 3 bits a pass.
+# over the row samples and sums up the probabilities. Top-k and top-p need the lowest score that is kept: a search that
+# tries 8 bounds in one pass, then 8 between the two that the answer lies between: 3 bits a pass.
 BLOCK = constexpr(1024)             # columns at a time, one a thread
 @jit
 def _scores(row, column, vocab, top, inverse):
     return (tl.load(row + column, column < vocab, -float("inf")).to(tl.float32) - top) * inverse
 @jit
 def _lowest(row, vocab, low, need, top, inverse, COUNT):
-    """The highest bound in [low, 0) that keeps `need`: so many, or this share of the probability that low keeps."""
+    """The highest of 2**18 bounds in [low, 0) that keeps `need`: so many, or this share of the mass that low keeps."""
     step = -low / 8
-    for i in range(8):
+    for i in range(6):
         bounds = low + step * _down(8)
         kept = _zeros(8, BLOCK)
         for first in range(0, vocab, BLOCK):
@@ -727,17 +726,13 @@ def _mix(x):
     return x ^ (x >> 16)
 
 @jit
-def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprobs, full_logprobs, vocab):
+def _sample(logits, tops, temperature, top_k, top_p, seeds, positions, tokens, logprobs, full_logprobs, vocab):
     program = _program(0)
     row = logits + program * vocab
     heat = tl.load(temperature + program)
     luck = heat > 0                                         # none: greedy, and otherwise as at temperature 1
     inverse = LOG2E / tl.where(luck, heat, 1.0)
-    lanes = _across(BLOCK)
-    best = _zeros(1, BLOCK) + MASKED
-    for first in range(0, vocab, BLOCK):
-        best = tl.maximum(best, _scores(row, first + lanes, vocab, 0.0, 1.0))
-    top = tl.max(best)
+    top = tl.load(tops + program)
     low = tl.full([], -64.0, tl.float32)                    # what is 64 bits below the top has no probability
     k = tl.load(top_k + program).to(tl.float32)
     if k > 0:
@@ -746,6 +741,7 @@ def _sample(logits, temperature, top_k, top_p, seeds, positions, tokens, logprob
     if nucleus < 1:
         low = _lowest(row, vocab, low, nucleus, top, inverse, False)
     key = _key(tl.load(seeds + program), tl.load(positions + program)).to(tl.uint32)
+    lanes = _across(BLOCK)
     full = _zeros(1, BLOCK)                                 # each lane keeps its own sums, and the winner of its race
     kept = _zeros(1, BLOCK)
     best = _zeros(1, BLOCK) + MASKED
@@ -790,16 +786,17 @@ def sample_reference(logits, temperature, top_k, top_p, seeds, positions):
     return tokens[:, 0], logprobs[:, 0], full.gather(1, tokens)[:, 0]
 def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=False):
     """Tokens [batch] (int64) and their logprobs under what they were sampled from: softmax(logits / temperature), the
-    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits stay or go
-    together. With return_full also the logprobs under all of softmax(logits / temperature), for training. temperature,
-    top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest, logprob 0, the full one at
-    temperature 1. seeds and positions [batch] (int64) are all the randomness."""
+    top_k largest of it (-1: all), then the fewest of those that hold top_p of the mass; equal logits (to 0.0002 times
+    the temperature) stay or go together. With return_full also the logprobs under all of softmax(logits / temperature),
+    for training. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
+    logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
     zeros = torch.zeros_like(seeds)
     settings = zeros.float() + temperature, zeros + top_k, zeros.float() + top_p, seeds, positions
     if _on_triton(logits):
         tokens = torch.empty_like(seeds)
         logprobs = _floats(logits, 2, len(seeds))
-        _sample[(len(seeds),)](logits.contiguous(), *settings, tokens, *logprobs, logits.shape[1], num_warps=32)
+        _sample[(len(seeds),)](
+            logits.contiguous(), logits.amax(1), *settings, tokens, *logprobs, logits.shape[1], num_warps=32)
         found = tokens, *logprobs
     else:
         found = sample_reference(logits, *settings)

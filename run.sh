@@ -85,8 +85,8 @@ settle() {      # devices and sizes, from what the machine has and what the call
         [[ -z ${SFT_DATA:-}${RL_DATA:-}${TEST_DATA:-} ]] || fail "without a GPU, say MODEL= to use data of your own"
         sums=yes MODEL=$OUT/base SFT_DATA=$OUT/sums.jsonl RL_DATA=$OUT/sums.jsonl TEST_DATA=$OUT/test.jsonl
         sft_flags=(--batch 16 --steps 600 --lr 3e-3 --min_lr 3e-4 --warmup 0.05 --max_tokens 4096 --log_every 100)
-        ppo_flags+=(--batch 128 --samples 1 --steps 24 --max_prompt 128 --max_response 40 --minibatches 2 --lr 2e-4
-                    --critic_lr 1e-3 --critic_warmup 0 --warmup 5 --eval_every 8 --log_every 4 --graders 1)
+        ppo_flags+=(--batch 128 --samples 1 --steps 18 --max_prompt 128 --max_response 40 --minibatches 2 --lr 2e-4
+                    --critic_lr 1e-3 --critic_warmup 0 --warmup 5 --eval_every 9 --log_every 3 --graders 1)
         eval_flags+=(--temperature 1 --top_p 1 --max_tokens 40)
     fi
     MODEL=${MODEL:-Qwen/Qwen3-0.6B-Base} SFT_DATA=${SFT_DATA:-NotASI/NuminaMath-CoT-Small-Hard-200k}

@@ -6,7 +6,6 @@ bash run.sh test gpu        what needs a GPU
 """
 import asyncio
 import contextlib
-import copy
 import datetime as dt
 import gc
 import io
@@ -29,7 +28,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
@@ -46,11 +44,10 @@ import torch.distributed as dist
 import triton
 from pyarrow import feather, ipc
 from safetensors.numpy import load_file
+from tokenizers.processors import TemplateProcessing
 from torch.multiprocessing import start_processes
 from transformers import AutoTokenizer
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
 
 import actors as small_ray
 import arrowlite as al
@@ -100,11 +97,6 @@ def forked(function, count, timeout):
         return [pickle.loads(path.read_bytes()) for path in paths]
 
 
-def in_child(function, *args, timeout=60):
-    """What a function returns in a process of its own: for limits, crashes and memory."""
-    return forked(lambda rank: function(*args), 1, timeout)[0]
-
-
 def on_ranks(world, function, *args, timeout=100):
     """What function(*args) returns in each of as many processes, which are one group."""
     with tempfile.TemporaryDirectory() as folder:
@@ -144,6 +136,13 @@ def program(line):
         except SystemExit as end:
             code = end.code
     return code, out.getvalue(), err.getvalue()
+
+
+def python(*words, **environment):
+    """What another Python prints, if it ends well."""
+    command = [sys.executable, *words]
+    return subprocess.check_output(
+        command, cwd=HERE, env=os.environ | environment, text=True, timeout=600)
 
 
 def check_mistakes(table, **beginnings):
@@ -511,19 +510,22 @@ def test_arrowlite_a_file_appears_whole_or_not_at_all(tmp_path):
 
 def al_hammer(path, blobs):
     """Read perhaps damaged files in every way; a ValueError is fine, a crash or anything else is not."""
-    resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
-    read = 0
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for blob in blobs:
-        path.write_bytes(blob)
-        signal.alarm(10)
-        with contextlib.suppress(ValueError):
-            table = al.read(path)
-            table.shuffle(0).to_pylist()
-            pa.table(table)
-            read += 1
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
-    return read
+    def read_all(rank):
+        resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))
+        read = 0
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for blob in blobs:
+            path.write_bytes(blob)
+            signal.alarm(10)
+            with contextlib.suppress(ValueError):
+                table = al.read(path)
+                table.shuffle(0).to_pylist()
+                pa.table(table)
+                read += 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+        return read
+
+    return forked(read_all, 1, 500)[0]
 
 
 @pytest.mark.parametrize("rounds", [
@@ -551,8 +553,7 @@ def test_arrowlite_spoilt_files_give_data_or_a_value_error(tmp_path, stream, rou
             ])
             spoilt[at:at + len(number)] = number
         blobs.append(spoilt)
-    read = in_child(al_hammer, tmp_path / "x", blobs, timeout=500)
-    assert rounds // 20 < read < rounds * 19 // 20
+    assert rounds // 20 < al_hammer(tmp_path / "x", blobs) < rounds * 19 // 20
 
 
 def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
@@ -566,7 +567,7 @@ def test_arrowlite_a_schema_that_fans_out_is_refused_at_once(tmp_path):
     fields += al.vector()
     schema = al.pack(None, fields)
     stream = al.message(al.SCHEMA, schema)
-    assert in_child(al_hammer, tmp_path / "t", [stream], timeout=10) == 0
+    assert al_hammer(tmp_path / "t", [stream]) == 0
 
 
 def test_arrowlite_the_demo_runs(capsys):
@@ -1215,17 +1216,17 @@ def in_pages(lengths, kv_heads, dim, page):
 
 
 def kernel_cases(device="cpu", dtype=torch.float32):
-    """name: an operation and what it is called with; what wants a gradient comes in this dtype."""
+    """Operations and what they are called with; what wants a gradient comes in this dtype."""
     torch.manual_seed(0)
     randn = partial(torch.randn, requires_grad=True)
-    cases = {}
+    cases = []
 
-    def case(variant, operation, *args):
+    def case(operation, *args):
         args = list(args)
         for i, x in enumerate(args):
             if torch.is_tensor(x):
                 args[i] = x.to(device, dtype if x.requires_grad else x.dtype)
-        cases[f"{operation.__name__} {variant}"] = operation, args
+        cases.append((operation, args))
 
     for dim, heads, kv_heads, queries, keys in (
         (64, 4, 2, [1, 63, 65], [1, 63, 65]),
@@ -1235,21 +1236,21 @@ def kernel_cases(device="cpu", dtype=torch.float32):
     ):
         q = randn(sum(queries) + 3, heads, dim)                         # 3 tokens are of no sequence
         k, v = randn(2, sum(keys), kv_heads, dim)
-        case([dim, queries], K.flash_attention, q, k, v, ends_of(queries), ends_of(keys))
+        case(K.flash_attention, q, k, v, ends_of(queries), ends_of(keys))
 
     for width in (128, 200):
         x, residual = randn(2, 37, width)
         weight = randn(width)
-        case(width, K.rms_norm, x[None], weight)
-        case([width, "residual"], K.rms_norm, x, weight, 1e-6, residual)
-        case(width, K.swiglu, randn(2, 3, 2 * width))
+        case(K.rms_norm, x[None], weight)
+        case(K.rms_norm, x, weight, 1e-6, residual)
+        case(K.swiglu, randn(2, 3, 2 * width))
 
     for heads, kv_heads, dim in ((6, 3, 64), (8, 8, 128)):
         angles = torch.randn(50, dim // 2)
         tables = angles.cos(), angles.sin(), torch.arange(3) * 29 % 50
         qkv = randn(3, (heads + 2 * kv_heads) * dim)
-        case(heads, K.qkv_rotary, qkv, heads, kv_heads, *tables)
-        case([heads, "norms"], K.qkv_rotary, qkv, heads, kv_heads, *tables, *randn(2, dim))
+        case(K.qkv_rotary, qkv, heads, kv_heads, *tables)
+        case(K.qkv_rotary, qkv, heads, kv_heads, *tables, *randn(2, dim))
 
     for rows, vocab, width, temperature in (
         (1, 257, 64, 0.7),
@@ -1258,7 +1259,7 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         targets = torch.arange(rows) * 37 % vocab
         targets[3::5] = -100
         weight = randn(vocab, width) * 0.2
-        case(vocab, K.linear_cross_entropy, randn(rows, width), weight, targets, temperature)
+        case(K.linear_cross_entropy, randn(rows, width), weight, targets, temperature)
 
     for splits, heads, kv_heads, dim, page, lengths in (
         (None, 6, 3, 64, 16, [1, 7, 64, 65, 200, 0]),
@@ -1269,7 +1270,7 @@ def kernel_cases(device="cpu", dtype=torch.float32):
         context = torch.tensor(lengths).int()
         q = randn(len(lengths), heads, dim)
         attend = torch.no_grad()(K.paged_attention)
-        case(page, attend, q, k.requires_grad_(), v.requires_grad_(), table, context, None, splits)
+        case(attend, q, k.requires_grad_(), v.requires_grad_(), table, context, None, splits)
     return cases
 
 
@@ -1289,55 +1290,42 @@ def draws_the_same(device="cpu"):
 
 
 def stores_in_place(device="cpu"):
+    kv = torch.randn(4, 2, 3, 64, device=device).transpose(0, 1)
     cache = torch.zeros(2, 80, 3, 64, device=device)
     want = cache.clone()
-    k, v = torch.randn(4, 6, 64, device=device).split(3, 1)
-    for slot, row in ((3, 0), (79, 2), (16, 3)):
-        want[0, slot] = k[row]
-        want[1, slot] = v[row]
+    want[:, [3, 79, 16]] = kv[:, [0, 2, 3]]
     slots = torch.tensor([3, -1, 79, 16], device=device)                # -1 is nowhere
-    K.store_kv(k, v, *cache.view(2, 5, 16, 3, 64), slots)
+    K.store_kv(*kv, *cache.view(2, 5, 16, 3, 64), slots)
     return torch.equal(cache, want)
 
 
 def check_kernels(device, dtype, bound):
     """Every case against the same operation in fp64, which is its reference."""
-    for name, (operation, args) in kernel_cases(device, dtype).items():
+    for operation, args in kernel_cases(device, dtype):
         doubles = [x.double() if getattr(x, "requires_grad", False) else x for x in args]
         ours = K.both_ways(operation, *args)
         exact = K.both_ways(operation, *doubles)
         assert len(ours) == len(exact)
-        assert max(map(relative_error, ours, exact)) < bound, name
+        assert max(map(relative_error, ours, exact)) < bound, (operation, args)
     assert draws_the_same(device)
     assert stores_in_place(device)
 
 
 def check_interpreted():
     assert K.INTERPRET
-    torch.set_num_threads(1)
     K.SLICE = 2**6                  # the gradient of the head in several slices
     check_kernels("cpu", torch.float32, 1e-5)
 
 
 def test_interpreted_kernels_equal_fp64():
-    code = f"import {Path(__file__).stem} as tests; tests.check_interpreted()"
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    child = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=HERE,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    python("-c", f"import {__name__} as tests; tests.check_interpreted()", TRITON_INTERPRET="1")
 
 
 @gpu
 @pytest.mark.parametrize("dtype,bound", [(torch.bfloat16, 8e-3), (torch.float32, 1e-5)])
 def test_kernels_on_the_gpu_equal_fp64(dtype, bound):
     check_kernels("cuda", dtype, bound)
-    assert chi_square("cuda") < 26
+    check_samples("cuda")
 
 
 def plain_head(hidden, weight, targets, temperature):
@@ -1373,13 +1361,11 @@ def test_logprob_and_entropy_are_those_of_the_softmax_on_one_process_and_on_two(
     assert max(on_ranks(2, error_of_the_sharded_head, 2)) < 1e-12
 
 
-def chi_square(device="cpu", n=50_000):
-    """How far the frequencies of sampled tokens are from those of the distribution, and that their logprobs are not."""
+def check_samples(device="cpu", n=50_000):
+    """Tokens have the frequencies of the distribution, by the chi-square test, and its logprobs."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0, -3.0])
-    many = logits.expand(n, 6).to(device)
     positions = torch.arange(n, device=device)
     seeds = torch.full_like(positions, 7)
-    worst = 0
     for temperature, top_k, top_p, left in (                            # left: how many tokens
         (1, -1, 1, 6),
         (0.6, -1, 1, 6),
@@ -1387,22 +1373,20 @@ def chi_square(device="cpu", n=50_000):
         (1, -1, 0.7, 2),
         (0.9, 4, 0.8, 2),
     ):
-        scores = logits / temperature
-        full = scores.log_softmax(0)
-        kept = scores[:left].log_softmax(0)
-        outs = K.sample(many, temperature, top_k, top_p, seeds, positions, return_full=True)
-        tokens, logprobs, full_logprobs = (x.cpu() for x in outs)
-        assert torch.allclose(logprobs, kept[tokens], atol=1e-5)
-        assert torch.allclose(full_logprobs, full[tokens], atol=1e-5)
+        full = (logits / temperature).log_softmax(0)
+        kept = full[:left].log_softmax(0)
+        settings = temperature, top_k, top_p, seeds, positions
+        found = K.sample(logits.to(device).expand(n, 6), *settings, return_full=True)
+        tokens, *logprobs = [x.cpu() for x in found]
+        for ours, theirs in zip(logprobs, (kept, full)):
+            assert torch.allclose(ours, theirs[tokens], atol=1e-5)
         expected = n * kept.exp()
-        counts = torch.bincount(tokens, minlength=left)
-        distance = (counts - expected).square() / expected
-        worst = max(worst, distance.sum())
-    return worst
+        distance = (tokens.bincount(minlength=left) - expected).square() / expected
+        assert distance.sum() < 26                                      # 5 degrees of freedom: one in 10,000
 
 
 def test_samples_have_the_frequencies_of_the_distribution():
-    assert chi_square() < 26                                            # 5 degrees of freedom: one in 10,000
+    check_samples()
 
 
 def test_a_request_gets_the_same_tokens_in_any_batch():
@@ -1411,13 +1395,12 @@ def test_a_request_gets_the_same_tokens_in_any_batch():
     logits[:4, [7, 250]] = 9
     temperature = torch.linspace(0.2, 1.5, 12).where(rows > 3, 0)
     top_p = torch.linspace(0.3, 1, 12)
-    settings = temperature, rows * 20, top_p, rows - 3
-    positions = rows * 9
-    tokens, logprobs = K.sample(logits, *settings, positions)
+    settings = temperature, rows * 20, top_p, rows - 3, rows * 9
+    tokens, logprobs = K.sample(logits, *settings)
     assert tokens[:4].tolist() == [7] * 4                               # greedy: the first of the largest
     assert not logprobs[:4].any()
     for some in ([5], [11, 2, 6]):
-        again = K.sample(*(x[some] for x in (logits, *settings, positions)))
+        again = K.sample(*(x[some] for x in (logits, *settings)))
         assert torch.equal(again[0], tokens[some])
         assert torch.equal(again[1], logprobs[some])
 
@@ -1494,9 +1477,9 @@ def test_a_row_gets_the_same_bits_among_any_others():
 
 @gpu
 def test_gradients_repeat_bit_for_bit_and_the_head_never_holds_the_logits():
-    for name, (operation, args) in kernel_cases("cuda", torch.bfloat16).items():
+    for operation, args in kernel_cases("cuda", torch.bfloat16):
         once = K.both_ways(operation, *args)
-        assert all(map(torch.equal, once, K.both_ways(operation, *args))), name
+        assert all(map(torch.equal, once, K.both_ways(operation, *args))), (operation, args)
     hidden = on_gpu(8192, 1024, requires_grad=True)
     weight = on_gpu(151_936, 1024, requires_grad=True)
     before = torch.cuda.memory_allocated()
@@ -1526,53 +1509,20 @@ def test_rows_times_width_may_need_64_bits():
         assert torch.equal(call(x)[-100:], call(x[-100:]))
 
 
-def instructions(cubin):
-    """How often: products, copy engine, small products, spills."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        machine = subprocess.check_output([tool, "-sass", file.name], text=True)
-    return Counter(re.findall(r"\b(HGMMA|UTMALDG|HMMA|LDL|STL)", machine))
-
-
-class Hopper:
-    """Takes the place of a kernel: a launch compiles it for sm_90 and counts what the assembler made of it."""
-    def __init__(self, kernel):
-        self.kernel = kernel
-        self.cubins = {}
-
-    def __getitem__(self, grid):
-        return self.launch
-
-    def launch(self, *args, **named):
-        values = dict(zip(self.kernel.arg_names, args)) | named
-        options = {name: named[name] for name in ("num_warps", "num_stages") if name in named}
-        signature = {}
-        constants = {}
-        hints = {}
-        for i, parameter in enumerate(self.kernel.params):
-            name = parameter.name
-            value = values[name]
-            kind = "constexpr" if parameter.is_constexpr else mangle_type(value)
-            signature[name] = kind
-            if kind == "constexpr":
-                constants[name] = value
-            elif kind[0] == "*" or kind == "i32" and value % 16 == 0:
-                hints[i,] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, hints)
-        target = GPUTarget("cuda", 90, 32)
-        code = triton.compile(source, target, options)
-        self.cubins[code.hash] = code.asm["cubin"]
-
-
 def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
-    source = Path(K.__file__).read_text()                               # a kernel is what no other function calls
-    kernels = {}
-    for name, x in list(vars(K).items()):
-        if hasattr(x, "arg_names") and source.count(f" {name}(") == 1:
-            kernels[name] = Hopper(x)
-            monkeypatch.setattr(K, name, kernels[name])
+    """A launch compiles for sm_90 and does no more; two threads read what the assembler made of it."""
+    launch = triton.JITFunction.run
+    readers = ThreadPoolExecutor(2)
+    machines = {}
+
+    def compiled(*args, **named):
+        code = launch(*args, **named | {"warmup": True})
+        machines[code.name, code.hash] = readers.submit(code.asm.__getitem__, "sass")
+
+    driver = mock.Mock()
+    driver.active.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    monkeypatch.setattr("triton.runtime.jit.driver", driver)
+    monkeypatch.setattr(triton.JITFunction, "run", compiled)
     monkeypatch.setattr(K, "_on_triton", lambda x: True)
     make = partial(torch.zeros, dtype=torch.bfloat16, requires_grad=True)           # the widths of Qwen3-0.6B
     at = torch.arange(256)
@@ -1594,24 +1544,22 @@ def test_every_kernel_compiles_for_hopper_without_spills(monkeypatch):
     stores_in_place()
     row = torch.arange(4)
     K.sample(torch.zeros(4, 1000), 1.0, 5, 0.9, row, row)
-    assert len(kernels) > 9
-    pool = ThreadPoolExecutor(2)
-    for name, kernel in kernels.items():
-        assert kernel.cubins, name                                      # it was launched
-        for counts in pool.map(instructions, kernel.cubins.values()):
-            few = 30 if name == "_attention_keys" else 2                # two accumulators of [128, 128]
-            assert counts["LDL"] + counts["STL"] <= few, (name, counts)
-            if name.startswith(("_attention", "_head")):
-                assert min(counts["HGMMA"], counts["UTMALDG"]) >= 4, (name, counts)
-            if name == "_paged_part":
-                assert counts["HMMA"] >= 16
+    source = Path(K.__file__).read_text()                               # a kernel is what no other function calls
+    kernels = {x for x in vars(K) if hasattr(getattr(K, x), "arg_names") and source.count(f" {x}(") == 1}
+    assert {name for name, _ in machines} == kernels
+    for (name, _), reader in machines.items():
+        machine = reader.result()
+        spills = machine.count("LDL") + machine.count("STL")
+        few = 30 if name == "_attention_keys" else 2                    # two accumulators of [128, 128]
+        assert spills <= few, (name, spills)
+        if name.startswith(("_attention", "_head")):                    # products, and the copy engine
+            assert min(machine.count("HGMMA"), machine.count("UTMALDG")) >= 4, name
+        if name == "_paged_part":                                       # small products
+            assert machine.count("HMMA") >= 16
 
 
 def test_the_demo_checks_every_kernel():
-    command = [sys.executable, HERE / "kernels.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "flash_attention" in done.stdout
+    assert "flash_attention" in python("kernels.py")
 
 
 # --- parallel.py -----------------------------------------------------------------------------------------------------
@@ -1924,6 +1872,11 @@ def llm(tiny):
     assert not engine.has_unfinished()
 
 
+@pytest.fixture
+def words(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
 def asked(**settings):
     return SamplingParams(**{"max_tokens": 20, "ignore_eos": True} | settings)
 
@@ -2076,7 +2029,7 @@ def test_prefixes_are_found_in_whole_pages_and_siblings_share_them_at_once(tiny)
         assert engine.scheduler.cached_tokens == want + 7 * (99 // page * page)
 
 
-def test_the_template_says_which_token_ends_a_turn(llm):
+def test_the_template_says_which_token_ends_a_turn(llm, words):
     talk = [{"role": "user", "content": "2 + 2?"}]
     [start] = llm.chat(
         talk, asked(max_tokens=0), chat_template_kwargs={"add_generation_prompt": False})
@@ -2089,10 +2042,9 @@ def test_the_template_says_which_token_ends_a_turn(llm):
         if 258 in tokens:
             tokens = tokens[:tokens.index(258) + 1]
         assert one["token_ids"] == two["token_ids"] == tokens
-    tokenizer = copy.deepcopy(llm.tokenizer)
-    for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None)):
-        tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
-        assert E.end_of_turn(tokenizer) == token
+    for ending, token in (("\n<|endoftext|>", 256), ("\n\n", None), ("bye", None)):
+        words.chat_template = "{% for m in messages %}{{ m['content'] }}" + ending + "{% endfor %}"
+        assert E.end_of_turn(words) == token
 
 
 def test_mistakes_are_refused_in_words_and_leave_nothing(tiny):
@@ -2171,10 +2123,9 @@ def served(folder, count, **settings):
 
 def test_the_kernels_give_what_their_references_give(tiny):
     """The whole engine on interpreted Triton: shapes, strides and integer types are what the kernels want."""
-    code = f"""import json, {Path(__file__).stem} as tests
+    code = f"""import json, {__name__} as tests
 print(json.dumps([tests.served({tiny!r}, 4, exact=exact) for exact in (False, True)]))"""
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    said = subprocess.check_output([sys.executable, "-c", code], cwd=HERE, env=environment)
+    said = python("-c", code, TRITON_INTERPRET="1")
     want, logprobs = served(tiny, 4)
     for tokens, found in json.loads(said):
         assert tokens == want
@@ -2256,11 +2207,6 @@ SMOLLM2_TEMPLATE = r"""{% if messages[0].role != 'system' %}
 {{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}
 {%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-
-@pytest.fixture
-def words(tiny):
-    return AutoTokenizer.from_pretrained(tiny)
 
 
 def talk(*texts):
@@ -2623,6 +2569,8 @@ def test_an_answer_of_a_base_model_ends_at_the_end_of_turn(tiny, words):
         assert (sample["finish_reason"] == "stop") == (end in ends)
         last.add(end)
     assert ends < last
+    words.backend_tokenizer.post_processor = TemplateProcessing(            # one that begins a text by itself
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)])
     system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
     for template, before, after in (
             (QWEN3_TEMPLATE, "", "<think>\n\n</think>\n\n"),
@@ -2727,6 +2675,7 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
     ahead = slots - slots[:, None]                              # [actions, actions] how far one is ahead of another
     ahead = ahead.where(row == row[:, None], -1)                # of its row
     later = (ahead >= 0).double()
+    last = LENGTHS.cumsum(0) - 1
     values = noise(7)
     batch = {
         "lengths": LENGTHS, "score": noise(4, 4), "prox": noise(5), "reference": noise(6),
@@ -2736,10 +2685,10 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
             advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
             max_response=9, overlong_buffer=4 if kl == "k1" else 0))
         rewards = torch.zeros(21).double()
-        rewards[LENGTHS.cumsum(0) - 1] = batch["score"]
+        rewards[last] = batch["score"]
         if kl == "k1":
             rewards -= 0.3 * (batch["prox"] - batch["reference"])
-            rewards[LENGTHS.cumsum(0) - 1] -= ((LENGTHS - 5) / 4).clamp(0, 1)
+            rewards[last] -= ((LENGTHS - 5) / 4).clamp(0, 1)
         group = torch.segment_reduce(rewards, "sum", lengths=LENGTHS).view(-1, samples)
         mean = group.mean(1, keepdim=True)
         if kind == "gae":                                       # the double sum over later errors
@@ -2761,7 +2710,7 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
     {"clip_low": 0.1, "clip_high": 0.4},
     {"dual_clip": 1.2},
     {"entropy_coef": 0.3, "dual_clip": 0},
-    {"kl": "k2"},
+    {"kl": "k2", "cap": 0},
     {"kl": "k3", "cap": 1.1}], ids=str)
 def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
     c = ppo.Config(**{"clip_high": 0.2, "kl_coef": 0.2} | setting)
@@ -2777,7 +2726,7 @@ def test_the_objective_has_the_value_and_gradient_of_its_formula(setting):
         want = torch.where(advantages < 0, bounded, want)
     d = pi - reference
     kl = {"none": 0, "k2": d ** 2 / 2, "k3": torch.exp(-d) - 1 + d}[c.kl]
-    weight = torch.exp(prox - mu).clamp(max=c.cap)
+    weight = torch.exp(prox - mu).clamp(max=c.cap) if c.cap else 1
     want = weight * want + c.kl_coef * kl - c.entropy_coef * noise(8)
     same(losses, want)
     same(*[torch.autograd.grad(x.sum(), pi)[0] for x in (losses, want)])
@@ -3154,8 +3103,7 @@ def test_files_that_are_taken_along_run_their_demo_elsewhere(tmp_path, monkeypat
 
 def test_arrowlite_needs_nothing_but_numpy():
     code = "import sys; before = {*sys.modules}; import arrowlite; print(*{*sys.modules} - before)"
-    printed = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=HERE)
-    others = {name.partition(".")[0] for name in printed.split()} - sys.stdlib_module_names
+    others = {name.partition(".")[0] for name in python("-c", code).split()} - sys.stdlib_module_names
     assert {name for name in others if name[0] != "_"} == {"arrowlite", "numpy"}
 
 
@@ -3165,6 +3113,6 @@ def test_speeds_are_85_percent_of_those_in_the_readme_at_least():
     for file, pattern, readme in (
             ("engine.py", r"256 requests .* (\S+)", 23_600),
             ("parallel.py", r"mfu=([\d.]+)", 46.6)):
-        said = subprocess.check_output([sys.executable, file, "--bench"], cwd=HERE, text=True)
-        speeds = [float(x.replace(",", "")) for x in re.findall(pattern, said)]
+        found = re.findall(pattern, python(file, "--bench"))
+        speeds = [float(x.replace(",", "")) for x in found]
         assert max(speeds) > 0.85 * readme
