@@ -949,7 +949,7 @@ util = exceptions = cluster_utils = actor = scheduling_strategies = sys.modules[
 for name in ("exceptions actor cluster_utils util util.actor_pool util.placement_group "
              "util.scheduling_strategies").split(): sys.modules[f"{__name__}.{name}"] = util
 
-# --- how fast it is ---------------------------------------------------------------------------------------------------
+# --- the demo: how fast it is -----------------------------------------------------------------------------------------
 class Plain:
     def method(self): pass
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
@@ -957,7 +957,7 @@ def measure(ray, large):            # how often a second a module with Ray's API
     start = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     task = ray.remote(lambda: 9)
-    ray.get(task.remote())
+    assert ray.get(task.remote()) == 9
     rates = {"init to the first result": 1 / (time.perf_counter() - start)}
     def note(what, *action, **options):
         timer = timeit.Timer(partial(*action, **options))
@@ -971,7 +971,7 @@ def measure(ray, large):            # how often a second a module with Ray's API
     note("put of 1 GiB", ray.put, numpy.ones(large, "u1"))
     ray.shutdown()
     return rates
-def table(names, large=1 << 30):
+def table(names, large=1_073_741_824):        # bytes: 1 GiB
     columns = [measure(importlib.import_module(name), large) for name in names]
     print("how often a second:", *names)
     for what in columns[0]: print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns])
