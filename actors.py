@@ -11,25 +11,20 @@
     @ray.remote                                     wait, kill, cancel, get_actor, exit_actor, method, nodes,
     def square(x): return x * x                     cluster_resources, available_resources, get_gpu_ids,
     ray.get([square.remote(i) for i in range(9)])   get_runtime_context, exceptions; util: ActorPool, placement_group;
-    python actors.py    (how fast it is beside Ray) cluster_utils.Cluster.
+    python actors.py    (a demo; speed beside Ray)  cluster_utils.Cluster.
 
 What differs: it is for one machine (for more, write `import ray` for `import actors as ray`). What no node could hold
-is an error at once, a wrong argument one at get(). cancel() of a task that runs ends its process. A detached actor ends
-with its driver. What was lost is not computed again, values never spill to disk; up to four memory files of freed ones
-stay with their maker for its next. What goes is freed within 0.1 s. Namespaces and sizes of memory are ignored. There
-are no generators, concurrency groups, node affinity, dashboard. To write into what was got is a segfault: clone it.
+is an error at once, a wrong argument one at get(). cancel() of a task that runs ends its process. A detached actor
+ends with its driver. What was lost is not computed again, values never spill to disk; up to four memory files of freed
+ones stay with their maker for its next. Namespaces and sizes of memory are ignored. There are no generators,
+concurrency groups, node affinity, dashboard. What was got is read-only: to write into a tensor is a segfault, clone it.
 """
-import array, asyncio, atexit, importlib.util, inspect, io, math, mmap, os, pickle, resource
-import select, signal, socket, subprocess, sys, threading, time, timeit, traceback, types, warnings, weakref
-from asyncio import CancelledError
-from collections import Counter, deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial, partialmethod
-from itertools import chain, count, islice
+import asyncio, atexit, collections, contextlib, contextvars, dataclasses, importlib.util, inspect, io
+import itertools, math, mmap, os, pickle, queue, resource, secrets, signal, socket, struct, subprocess, sys
+import threading, time, timeit, traceback, types, warnings, weakref
+from concurrent.futures import Future, ThreadPoolExecutor, TimeoutError as LateError, as_completed
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from secrets import randbits, token_hex
 import cloudpickle          # for functions of __main__, lambdas, closures: they cannot be pickled by name
 
 INLINE = 64_000             # bytes: larger values get a memory file
@@ -80,31 +75,34 @@ def restore_tensor(buffer, dtype, shape, requires_grad):
     flat = torch.frombuffer(buffer, dtype=dtype) if math.prod(shape) else torch.empty(0, dtype=dtype)
     return flat.view(shape).requires_grad_(requires_grad)
 def pack(value):
-    """(pieces to be written one after the other, their bytes in all, ids of the refs in the value). The pieces: the
-    lengths of what follows, pickled, then the value, pickled, and its buffers; each filled up to a multiple of 64"""
+    """(pieces to be written one after the other, their bytes in all, ids of the refs in the value). The pieces:
+    n | n lengths | pickle | buffer | buffer ..., each at a multiple of 64 bytes"""
     stream = io.BytesIO()
     buffers = []
     pickler = Pickler(stream, protocol=5, buffer_callback=buffers.append)
     pickler.refs = []
     pickler.dump(value)
     contents = [stream.getbuffer(), *[buffer.raw() for buffer in buffers]]
-    pieces = []
-    for content in [pickle.dumps(list(map(len, contents))), *contents]:
-        pieces += [content, bytes(-len(content) % 64)]
-    return pieces, sum(map(len, pieces)), pickler.refs
+    pieces = [struct.pack(f"<{len(contents) + 1}Q", len(contents), *map(len, contents))]
+    size = len(pieces[0])
+    for content in contents:
+        pieces += [bytes(-size % 64), content]
+        size += -size % 64 + len(content)
+    return pieces, size, pickler.refs
 def pack_small(value): return b"".join(pack(value)[0])
 def unpack(data):                   # arrays in the value are views of the data
     view = memoryview(data)
-    position = len(view)
+    position = 8 + 8 * view[0:8].cast("Q")[0]
     contents = []
-    for length in reversed(pickle.loads(view)):
-        position -= length + -length % 64
-        contents.insert(0, view[position:position + length])
+    for length in view[8:position].cast("Q"):
+        position += -position % 64
+        contents.append(view[position:position + length])
+        position += length
     return pickle.loads(contents[0], buffers=contents[1:])
 
 # --- packets of messages, and with them the descriptors of the memory files that are items of a message ---------------
 class Memory(mmap.mmap): """A mapped memory file. Views of a value keep it, it keeps the object's count, as `hold`."""
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class File:
     size: int
     fd: int = None                  # set by who receives it
@@ -113,26 +111,29 @@ class File:
     def __del__(self): os.close(self.fd)
 def send_packet(sock, messages):
     data = pickle.dumps(messages)
-    files = [item for item in chain(*messages) if isinstance(item, File)]
+    files = [item for item in itertools.chain(*messages) if isinstance(item, File)]
     if len(data) > PACKET:          # it is a memory file itself
         files.insert(0, File(len(data), os.memfd_create("actors")))
-        os.pwrite(files[0].fd, data, 0)
+        os.write(files[0].fd, data)
         data = b"file"
-    if files: socket.send_fds(sock, [data], [file.fd for file in files])
-    else: sock.send(data)
-def open_packet(data, ancillary, *_):           # its messages; there are none when the other end is gone
-    fds = [fd for _, _, numbers in ancillary for fd in array.array("i", numbers)]
+    socket.send_fds(sock, [data], [file.fd for file in files])
+def receive(sock):                  # the messages of a packet; there are none when the other end is gone
+    try: data, fds, _, _ = socket.recv_fds(sock, PACKET, 250)
+    except ConnectionError: return []
     if data == b"file":
-        with open(fds.pop(0), "rb") as file: data = file.read()
+        with open(fds.pop(0), "rb") as file:
+            file.seek(0)
+            data = file.read()
     messages = pickle.loads(data) if data else []
-    for item in chain(*messages):
+    for item in itertools.chain(*messages):
         if isinstance(item, File): item.fd = fds.pop(0)
     return messages
 
 # --- resources: what a node or a bundle has ---------------------------------------------------------------------------
-class Pool:                         # of a node, or of a bundle, which took it from one. "GPU:" and a name: a GPU
+class Pool:
+    """What a node has, or a bundle, which took it from a node. "GPU:" and a visible GPU's name is a resource, too."""
     def __init__(self, total, node=None):
-        self.id = token_hex(28)
+        self.id = secrets.token_hex(28)
         self.total = total
         self.free = dict(total)
         self.node = node or self
@@ -169,13 +170,14 @@ def place_bundles(bundles, strategy, nodes):
         for pool in pools: pool.node.change(pool.total, 1)      # all or nothing
 
 # --- the hub: one process, one thread, no locks -----------------------------------------------------------------------
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Object:
     arrived: asyncio.Future         # of (bytes or a File, is it an error?)
     holds: int = 0                  # refs in processes, tasks that need it, objects that contain it: freed at 0
     maker: "Peer" = None            # who gets its pages back, for the next value
     inside: list = ()               # ids of the refs that the value contains
-@dataclass(eq=False)
+
+@dataclasses.dataclass(eq=False)
 class Task:                         # a call; that of a constructor is the actor: they end together, a try is a restart
     id: int
     function: int                   # the object that is the pickled function or class
@@ -184,23 +186,19 @@ class Task:                         # a call; that of a constructor is the actor
     deps: list                      # refs that are arguments themselves: it runs when they are there
     refs: list                      # all refs in the arguments, at any depth: they live until it has run
     returns: list                   # ids of the objects that it makes
-    options: dict                   # comes pickled, and mostly was there before
+    options: dict
     actor: object                   # an id; in the hub, the Task of its constructor
-    fields: tuple                   # all of the above, as a worker wants them. What follows is for the hub alone
+    fields: tuple = ()              # all of the above, as a worker wants them. What follows is for the hub alone
     owner: "Peer" = None            # who has submitted it
-    life = worker = None            # the coroutine, and where it runs
-    death = up = None               # an actor's: what further calls get; set when calls can be sent, or never will be
-    def __post_init__(self): self.options = known(self.options)
-known = lru_cache(1000)(pickle.loads)
+    retries: int = 0                # how often it may be tried again; -1, for ever, never comes down to 0
+    life: object = None             # the coroutine
+    worker: "Peer" = None           # where it runs
+    death: "Failed" = None          # an actor's: what every further call gets
+    up: asyncio.Event = None        # an actor's: set when calls can be sent, or never will be
 class Failed(Exception):            # a try came to nothing. `error` is for who wants the value; `again`: try again
     def __init__(self, error, again=False):
         self.error = error if isinstance(error, bytes) else pack_small(error)
         self.again = again
-class Loop(asyncio.AbstractEventLoop):          # as much of one as asyncio's futures and tasks need
-    todo = deque()
-    def call_soon(self, function, *args, context=None): self.todo.append(partial(function, *args))
-    get_debug = bool                # that is, False
-    create_future = asyncio.Future
 class Peer:                         # a process at the other end of a socket; what is said to it goes in packets of many
     process = node = tag = actor = None
     env = {}                        # variables that what it submits inherits
@@ -212,51 +210,51 @@ class Peer:                         # a process at the other end of a socket; wh
         vars(self).update(known)
         self.sock = sock
         self.out = []
-        self.holds = Counter()
+        self.holds = collections.Counter()
         self.replies = {}           # task id (or "its end") -> future, of what runs there
         self.turns = weakref.WeakKeyDictionary()    # actor -> lock: what is asked of it, in order
+        self.loop = asyncio.get_running_loop()
+        self.loop.add_reader(sock, hear, self)
         sock.setblocking(False)
-        poller.register(sock, select.EPOLLIN)
-        workers[sock.fileno()] = self
+        workers.add(self)
     def send(self, *message):
-        told[self] = True
+        if not self.out: self.loop.call_soon(self.flush)
         self.out.append(message)
     def flush(self):
         try:
             while self.out:
                 send_packet(self.sock, self.out[:20])
                 del self.out[:20]
-        except BlockingIOError: return                  # it is full: later
-        except OSError: self.out.clear()                # it is gone, and reading will say so
-        del told[self]
-    def hear(self):
-        messages = open_packet(*self.sock.recvmsg(PACKET, 2000))
-        if not messages: peer_died(self)
-        for name, *args in messages: globals()[f"on_{name}"](self, *args)
+            self.loop.remove_writer(self.sock)
+        except BlockingIOError: self.loop.add_writer(self.sock, self.flush)
+        except (OSError, ValueError): self.out.clear()  # it is gone, and reading will say so
+
 # What the hub knows. on_X(peer, ...) handles message X; ask_X(peer, ...) answers question X.
 objects, tasks, actors, groups, lines = {}, {}, {}, {}, {}      # by id; a group is its bundles, or None: it waits;
-machines, workers = [], {}          # lines: a lock for those who ask for the same; machines: the pools of the nodes
+machines, workers = [], set()       # lines: a lock for those who ask for the same; machines: the pools of the nodes
 changed = asyncio.Event()           # for who waits for resources
-told = {}                           # the peers to whom something is to be sent, in order
-poller = select.epoll()
-loop = Loop()
+over = asyncio.Event()
 def serve(fd, total):               # the process of the hub. It ends when the driver does, and with it all that ran
-    machines.append(Pool(total))
-    asyncio._set_running_loop(loop)
-    Peer(inherited(fd))
-    for turn in count():            # it hears all, does all, says all, and only then waits
-        for fd, _ in poller.poll(0.01 if told else None):
-            try: workers[fd].hear()
-            except ConnectionError: pass            # its end follows
-            except Exception: traceback.print_exc()
-        while loop.todo: loop.todo.popleft()()
-        for peer in list(told):     # to wake the driver takes long: it hears more at a time, while there is more to do
-            if peer.process or not turn % 99 or not poller.poll(0): peer.flush()
+    async def main():
+        machines.append(Pool(total))
+        Peer(inherited(fd))         # its end of file is not enough: a child of the driver may hold the socket open
+        asyncio.get_running_loop().add_reader(os.pidfd_open(os.getppid()), over.set)
+        await over.wait()
+        end_tagged(f"{os.environ[TAG]}-")
+        os._exit(0)
+    asyncio.run(main())
+def hear(peer):
+    with contextlib.suppress(BlockingIOError):
+        for _ in range(100):                        # then it is the turn of others
+            messages = receive(peer.sock)
+            if not messages: return peer_died(peer)
+            for name, *args in messages: globals()[f"on_{name}"](peer, *args)
 def on_ask(peer, oid, name, *args):                 # a question is an object whose value is the answer
     add(peer, oid)
     try: answer = globals()[f"ask_{name}"](peer, *args)
     except Exception as error: answer = error       # what makes no sense is the asker's problem
     seal(oid, pack_small(answer), failed=isinstance(answer, Exception))
+
 # - objects: counted, shown, freed -
 def add(peer, oid):
     objects[oid] = Object(asyncio.Future())
@@ -270,12 +268,11 @@ def hold(oids):
     known = [oid for oid in oids if oid in objects]
     for oid in known: objects[oid].holds += 1
     return known
-def on_drop(peer, *oids):
-    for oid in oids:
-        if oid in peer.holds:                       # else its maker was interrupted before it could say so
-            peer.holds[oid] -= 1
-            if not peer.holds[oid]: del peer.holds[oid]
-            release([oid])
+def on_drop(peer, oid):
+    if oid in peer.holds:                           # else its maker was interrupted before it could say so
+        peer.holds[oid] -= 1
+        if not peer.holds[oid]: del peer.holds[oid]
+        release([oid])
 def release(oids):
     stack = list(oids)
     while stack:
@@ -297,29 +294,30 @@ def seal(oid, value, inside=(), maker=None, failed=False):  # the value is there
     obj.inside = inside
     obj.arrived.set_result((value, failed))
     release(hold([oid]))                            # maybe nobody wants it any more
+
 # - the life of a task -
 def on_submit(peer, *fields):
     task = tasks[fields[0]] = Task(*fields, fields, peer)
     task.refs = hold([task.function, *task.refs, task.actor])
-    task.retries = task.options["retries"]          # how often it may be tried again; -1, for ever, never comes to 0
+    task.retries = task.options["retries"]
     task.actor = actors.get(task.actor)
     for oid in task.returns: add(peer, oid)
     if task.method == "__init__":
         task.actor = actors[task.id] = task
         task.up = asyncio.Event()
         objects[task.id].holds += task.options["lifetime"] == "detached"
-    task.life = asyncio.Task(live(task))
+    task.life = asyncio.ensure_future(live(task))
 async def live(task):  # from the arguments to the values, or the error. If there are tries left, it lives again
     attempt = run_alone if task.method in ("", "__init__") else run_call
     failure = None
     try: results = await attempt(task)
-    except CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
+    except asyncio.CancelledError: failure = Failed(TaskCancelledError(f"{task.options['label']} was cancelled"))
     except Failed as error: failure = error
     except Exception as error: failure = Failed(error)              # options of another type, perhaps
     if failure and failure.again and task.retries:
         task.retries -= 1
         task.worker = None
-        task.life = asyncio.Task(live(task))
+        task.life = asyncio.ensure_future(live(task))
         return
     if failure: results = [(failure.error, ())] * len(task.returns)
     for oid, (value, inside) in zip(task.returns, results): seal(oid, value, inside, task.worker, failure is not None)
@@ -328,7 +326,7 @@ async def live(task):  # from the arguments to the values, or the error. If ther
     release(task.refs)
 async def run_alone(task):          # a task; or an actor: its constructor, and then until the end of its process
     await arguments(task)
-    async with lines.setdefault(hash(task.fields[7]), asyncio.Lock()):
+    async with lines.setdefault(task.options["shape"], asyncio.Lock()):
         while not start(task): await changed.wait()
     worker = task.worker
     try:
@@ -340,15 +338,16 @@ async def run_alone(task):          # a task; or an actor: its constructor, and 
                 task.refs = []
             await reply(worker, "its end")
         return results
-    except CancelledError:
+    except asyncio.CancelledError:
         worker.single = True                        # it still runs the task: give_back ends it
         raise
     finally: give_back(worker)
 async def run_call(task):
     actor = task.actor
     if not actor: raise Failed(ActorDiedError("the actor is dead, and forgotten: no handle was left"))
-    line = actor if actor.options["max_concurrency"] == 1 else task
-    async with task.owner.turns.setdefault(line, asyncio.Lock()):   # its caller's next call waits until this is sent
+    ordered = actor.options["max_concurrency"] == 1
+    turn = task.owner.turns.setdefault(actor, asyncio.Lock()) if ordered else contextlib.nullcontext()
+    async with turn:                                # the next of its caller's calls waits until this one is sent
         await arguments(task)
         await actor.up.wait()
     if actor.death: raise actor.death
@@ -374,12 +373,14 @@ def on_done(worker, tid, refs, error, again, *values):
     if error: future.set_exception(Failed(error, again))
     else: future.set_result(list(zip(values, map(hold, refs))))  # hold now, as the worker may let go of them at once
 def ask_cancel(peer, oid):
-    for task in tasks.values():
+    for task in list(tasks.values()):
         if oid not in task.returns or task.method == "__init__": continue
-        if task.actor and task.worker: task.worker.send("cancel", task.id)      # async calls can be; others go on
+        if task.actor and task.worker:              # an async call can be cancelled there, others go on
+            task.worker.send("cancel", task.id)
         else:                                       # soon: a coroutine that has not begun would not reach its except
             task.retries = 0
-            loop.call_soon(task.life.cancel)
+            peer.loop.call_soon(task.life.cancel)
+
 # - resources and workers -
 def start(task):                    # takes resources and a worker. False if it has to wait for them
     demand = task.options["demand"]
@@ -388,7 +389,7 @@ def start(task):                    # takes resources and a worker. False if it 
         group, first, last = task.options["bundle"]
         if group in groups and not groups[group]: return False  # its placement group waits itself
         pools = groups.get(group, [])[first:last]
-    running = [worker for worker in workers.values() if worker.grant and not (worker.actor or worker.blocked)]
+    running = [worker for worker in workers if worker.grant and not (worker.actor or worker.blocked)]
     if len(running) > 63 and not (demand or task.actor): return False       # those that ask for nothing are many, too
     if not any(covers(pool.total, demand) for pool in pools):
         error = ActorUnschedulableError if task.actor else TaskUnschedulableError
@@ -403,7 +404,7 @@ def start(task):                    # takes resources and a worker. False if it 
             return True
 def find_worker(node, env, gpus):
     if node.idle and not env and not gpus: return node.idle.pop()
-    tag = f"{os.environ[TAG]}-{token_hex(8)}"
+    tag = f"{os.environ[TAG]}-{secrets.token_hex(8)}"
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpus)} if "GPU" in node.total else {}
     process, sock = start_python("work", visible | env, tag, node.id, gpus)
     return Peer(sock, process=process, node=node, tag=tag, env=env, single=env or gpus)
@@ -428,16 +429,16 @@ def on_blocked(worker, change):     # what waits for a value lends its CPU, or n
         pool.change({name: taken[name] for name in taken if name == "CPU"}, lent)
         look_again()
 def end(worker):
-    if worker: worker.process.kill()
+    if worker and not worker.gone: worker.process.kill()
+
 def peer_died(worker):
-    if not worker.process:                          # the driver
-        end_tagged(f"{os.environ[TAG]}-")
-        os._exit(0)
-    del workers[worker.sock.fileno()]
+    if not worker.process: return over.set()        # the driver
+    worker.loop.remove_reader(worker.sock)
     worker.sock.close()
     end_tagged(worker.tag)                          # what it has started ends with it
     code = worker.process.wait()
     reason = f"process {worker.process.pid} ended with {signal.Signals(-code).name if code < 0 else code}"
+    workers.discard(worker)
     worker.node.idle.discard(worker)
     actor = worker.actor
     if actor and (actor.death or not actor.retries):
@@ -455,7 +456,7 @@ def bury(actor, error):                             # every further call gets th
     actor.retries = 0
     actor.up.set()
     if actor.worker and not actor.worker.gone: end(actor.worker)
-    else: loop.call_soon(actor.life.cancel)
+    else: actor.owner.loop.call_soon(actor.life.cancel)
 def on_kill(peer, aid, no_restart):
     actor = actors.get(aid)
     if actor and no_restart: bury(actor, ActorDiedError("the actor is dead: it was killed, or has left"))
@@ -463,7 +464,7 @@ def on_kill(peer, aid, no_restart):
 def ask_actor(peer, name, exists, *fields):     # the one of this name, if it may exist; or a new one
     for actor in actors.values():
         if name and actor.options["name"] == name and not actor.death:
-            if exists: return actor.id, actor.fields[7]
+            if exists: return actor.id, actor.options
             raise ValueError(f"an actor named {name!r} lives already: take another name, or get_if_exists=True")
     if not fields: raise ValueError(f"no actor named {name!r} lives")
     on_submit(peer, *fields)
@@ -478,7 +479,7 @@ def ask_nodes(peer):
 def on_group(peer, gid, *fields):
     add(peer, gid)
     groups[gid] = None
-    asyncio.Task(reserve(gid, *fields))
+    asyncio.ensure_future(reserve(gid, *fields))
 async def reserve(gid, bundles, strategy, value):
     while gid in groups:
         groups[gid] = place_bundles(bundles, strategy, machines)
@@ -490,7 +491,7 @@ async def reserve(gid, bundles, strategy, value):
     seal(gid, pack_small(error), failed=True)
 def on_remove_group(peer, gid):
     pools = groups.pop(gid, None) or []
-    for worker in workers.values():
+    for worker in workers:
         if worker.grant and worker.grant[0] in pools:
             end(worker)
             if worker.actor: bury(worker.actor, ActorDiedError("the actor is dead: its placement group was removed"))
@@ -516,40 +517,36 @@ def end_tagged(tag):                # ends all that inherited this in their envi
     while found:                                    # one may just be starting another
         found = False
         for path in Path("/proc").glob("[0-9]*/environ"):
-            with suppress(OSError):
+            with contextlib.suppress(OSError):
                 if f"{TAG}={tag}".encode() in path.read_bytes():
                     os.kill(int(path.parent.name), signal.SIGKILL)
                     found = True
 
 # --- the client: what the driver and the workers have in common -------------------------------------------------------
-@dataclass(eq=False)
+@dataclasses.dataclass(eq=False)
 class Hold:                         # one of an object's counts. It lives as long as a ref, or a view of the memory
     client: object
     oid: int
-    def __del__(self): self.client.dropped.append(self.oid)
+    def __del__(self):
+        with contextlib.suppress(RaySystemError): self.client.send("drop", self.oid)
+
 class ObjectRef:
-    def __init__(self, client, oid=None):
-        self.id = oid or next(client.ids)
-        self.hold = Hold(client, self.id)
-        self.ready = None           # or (bytes or Memory, is it an error?)
-        self.awaited = []           # futures of event loops
-        client.refs[self.id] = self
+    def __init__(self, client, oid):
+        self.id = oid
+        self.hold = Hold(client, oid)
+        self.ready = False
+        self.arrived = Future()     # of (bytes or Memory, is it an error?)
+        self.arrived.set_running_or_notify_cancel()             # asyncio.wait_for() cannot cancel it
+        client.refs[oid] = self
     def value(self):
-        self.hold.client.until(lambda: self.ready)
-        data, failed = self.ready
+        data, failed = self.arrived.result()
         value = unpack(data)
         if not failed: return value
         try: raise value
-        finally: del value          # it has this frame in its traceback: no cycle, or views would live on
+        finally:
+            del value               # it has this frame in its traceback: no cycle, or views would live on
     def __await__(self):
-        client = self.hold.client
-        future = Future()
-        future.set_running_or_notify_cancel()       # asyncio.wait_for() cannot cancel it
-        with client.turn:
-            self.awaited.append(future)
-            if self.ready: future.set_result(None)
-        _ = client.pump
-        yield from asyncio.wrap_future(future)
+        yield from asyncio.wrap_future(self.arrived)
         return self.value()
     def hex(self): return f"{self.id:024x}"
     def __reduce__(self): return borrow, (self.id,)
@@ -560,61 +557,46 @@ def borrow(oid):                    # this process's ref, or a new one. Who sent
         ref = ObjectRef(client, oid)
         client.send("borrow", oid)
     return ref
-class Client:                       # any thread may send: a packet is whole or not there; who waits reads, for all
+
+class Client:
+    """A socket to the hub. Any thread may send: a packet is whole or not there. One reads, and fulfils futures."""
     works, node, gpus = False, None, ()
     def __init__(self, sock, **known):
         vars(self).update(known)
         self.sock = sock
-        self.ids = count(randbits(64) << 32)
+        self.ids = itertools.count(secrets.randbits(64) << 32)
         self.refs = weakref.WeakValueDictionary()
         self.used = {}              # id -> File, of the large values that this process has made
-        self.spare = deque(maxlen=4)                # those whose values are gone
-        self.dropped = deque()      # ids of refs that are gone: the next packet says so
-        self.packets = deque()      # what has come and is not handled yet
-        self.turn = threading.Lock()
-        self.poller = select.epoll()
-        self.poller.register(sock, select.EPOLLIN)
-        self.guard = threading.Thread(target=self.watch, daemon=True)
-        self.guard.start()
-    @cached_property
-    def pump(self): threading.Thread(target=self.until, args=[lambda: not self.guard.is_alive()], daemon=True).start()
+        self.spare = collections.deque(maxlen=4)                # those whose values are gone
+        self.reader = threading.Thread(target=self.read, daemon=True)
     def send(self, *message):
-        drops = ["drop"]
-        with suppress(IndexError):       # other threads send, too
-            while True: drops.append(self.dropped.popleft())
-        try: send_packet(self.sock, [drops, message])
+        try: send_packet(self.sock, [message])
         except OSError as error: raise RaySystemError("the hub is gone; call shutdown() and init() again") from error
     def ask(self, *question):
-        answer = ObjectRef(self)
+        answer = ObjectRef(self, next(self.ids))
         self.send("ask", answer.id, *question)
         return answer.value()
     def find_actor(self, *question):
         aid, options = self.ask("actor", *question)
         return ActorHandle(borrow(aid), options)
-    def until(self, there, timeout=math.inf):       # False if it is not so in time, though all that has come is read
-        end = time.monotonic() + timeout
-        while not there():
-            left = max(0, end - time.monotonic())
-            if not (self.poller.poll(min(left, 0.1)) or left): return False
-            with self.turn:         # Ctrl-C comes before or after a packet is taken, in one step of C. What was
-                with suppress(OSError):                         # interrupted is done again; files may be closed then
-                    self.packets.extend(map(self.sock.recvmsg, [PACKET], [2000], [socket.MSG_DONTWAIT]))
-                while self.packets:
-                    with suppress(OSError):
-                        for name, *args in open_packet(*self.packets[0]): globals()[f"on_{name}"](self, *args)
-                    self.packets.popleft()
-        return True
-    def watch(self):                # says what was dropped, if nobody else does, and sees how it ends
-        poll = select.poll()
-        poll.register(self.sock, 0)
-        with suppress(RaySystemError):
-            while not poll.poll(100):
-                if self.dropped: self.send("drop")
-        with self.turn:
-            for oid in list(self.refs.data): on_value(self, oid, pack_small(RaySystemError("the hub is gone")), True)
-        if self.works: os._exit(1)
-        self.hub.wait()             # whatever it died of, nothing stays of what it had started
+    def read(self):
+        while messages := receive(self.sock):
+            for name, *args in messages: getattr(self, f"on_{name}")(*args)
+        for oid in list(self.refs.data):
+            self.on_value(oid, pack_small(RaySystemError("the hub is gone")), True)
+        self.end()
+    def end(self):                  # whatever the hub died of, nothing stays of what it had started
+        self.hub.wait()
         end_tagged(f"{self.session}-")
+    def on_value(self, oid, value, failed):
+        ref = self.refs.get(oid)
+        if not ref or ref.ready: return
+        if isinstance(value, File):
+            value = value.map()
+            value.hold = ref.hold
+        ref.ready = True
+        ref.arrived.set_result((value, failed))
+    def on_recycle(self, oid): self.spare.append(self.used.pop(oid))
     def store(self, value, oid=None):    # (bytes or a File, ids of the refs inside); with an id, to be recycled
         pieces, size, refs = pack(value)
         if size <= INLINE: return b"".join(pieces), refs
@@ -624,11 +606,9 @@ class Client:                       # any thread may send: a packet is whole or 
         if oid: self.used[oid] = file
         return file, refs
     def find_file(self, size):      # pages that were used before, if there are: fresh ones are ten times slower
-        if self.dropped: self.ask("nodes")          # when it answers, what was dropped is here
-        self.until(bool, 0)
         for file in list(self.spare):
             if size <= len(file.memory) <= 2 * size:
-                with suppress(ValueError):           # another thread has it
+                with contextlib.suppress(ValueError):           # another thread has it
                     self.spare.remove(file)
                     file.size = size
                     return file
@@ -642,97 +622,90 @@ class Client:                       # any thread may send: a packet is whole or 
             self.spare.clear()
             time.sleep(0.05)        # others may be letting go just now
         raise ObjectStoreFullError(f"{size:,} bytes do not fit into the {free:,} that this machine has")
-def on_value(client, oid, value, failed):
-    ref = client.refs.get(oid)
-    if not ref or ref.ready: return
-    if isinstance(value, File):
-        value = value.map()
-        value.hold = ref.hold
-    ref.ready = value, failed
-    for future in ref.awaited: future.set_result(None)
-def on_recycle(client, oid):
-    if oid in client.used: client.spare.append(client.used.pop(oid))
 
 # --- a worker's life --------------------------------------------------------------------------------------------------
-constructor = None                  # the Task that made the actor that lives here
-running, cancelled, inbox = {}, set(), deque()      # id -> asyncio task, of an async actor; ids; Tasks to run
-begin = inbox.append                # what is done with a call that comes
-def work(fd, node, gpus):           # a worker: runs tasks, or an actor's calls: one by one, in threads, or in a loop
-    global the_client
-    the_client = Client(inherited(fd), works=True, node=node, gpus=gpus)
-    while True:
-        the_client.until(lambda: inbox)
-        the_client.until(bool, 0)   # a cancel, perhaps
-        call = inbox.popleft()
-        if call.method == "__init__": become(call)
-        execute(call)
-def become(call):                   # an actor; if it takes several calls at a time, later ones do not go to the inbox
-    global constructor, begin, loop, slots
-    constructor = call
-    most = call.options["max_concurrency"]
-    if call.options["asynchronous"]:
-        loop = asyncio.new_event_loop()
-        slots = asyncio.Semaphore(most)
-        begin = partial(loop.call_soon_threadsafe, begin_async)
-        loop.call_soon(execute, call)             # so its constructor finds a running loop
-        _ = the_client.pump
-        loop.run_forever()
-    elif most > 1: begin = partial(ThreadPoolExecutor(most).submit, execute)
-def on_run(client, *call): begin(Task(*call, call))
-def on_cancel(client, tid):         # soon: what has not begun could not even say so
-    cancelled.add(tid)
-    if tid in running: loop.call_soon_threadsafe(loop.call_soon, running[tid].cancel)
-def begin_async(call): running[call.id] = loop.create_task(execute_async(call))
-async def execute_async(call):
-    try:
-        async with slots:
-            result = resolve(call)()
-            succeed(call, await result if inspect.isawaitable(result) else result)
-    except BaseException as error: fail(call, error)
-    del running[call.id]
-def execute(call):
-    try: succeed(call, resolve(call)())
-    except BaseException as error: fail(call, error)
-def resolve(call):                  # what to call, with its arguments: refs among them have become their values
-    if call.id in cancelled: raise CancelledError
-    if isinstance(call.args, File): call.args = call.args.map()
-    args, kwargs = unpack(call.args)
-    kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
-    if call.function: target = load(call.function)
-    else: target = getattr(instance, call.method, partial(ray_call, instance))
-    return partial(target, *map(value_of, args), **kwargs)
-def succeed(call, result):
-    global instance
-    count = len(call.returns)
-    if call.method == "__init__": instance, result = result, None
-    values = [result] if count == 1 else list(result or ())
-    if len(values) != count:
-        raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={count}")
-    stored = [the_client.store(value, oid) for value, oid in zip(values, call.returns)]
-    the_client.send("done", call.id, [refs for _, refs in stored], None, False, *[value for value, _ in stored])
-def fail(call, error):
-    if isinstance(error, SystemExit):           # exit_actor(), too
-        atexit._run_exitfuncs()
-        the_client.send("kill", call.actor, True)
-        os._exit(1)
-    name = call.options["label"]
-    again = False
-    text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
-    failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
-    if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
-    if isinstance(error, CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
-    try:
-        packed = pack_small(failure)
-        unpack(packed)
-        kinds = unpack(call.options["retry_exceptions"])
-        again = kinds is True or isinstance(error, tuple(kinds or ()))
-    except Exception as problem:                # it cannot be sent, or made again: at least it can be read
-        packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
-    the_client.send("done", call.id, [], packed, again)
+current = contextvars.ContextVar("current", default=None)           # the Task that runs here
+
+class Worker(Client):               # runs tasks, or an actor's calls: one by one, in threads, or in an event loop
+    works = True
+    def live(self):
+        self.running, self.cancelled, self.inbox = {}, set(), queue.SimpleQueue()       # running: id -> asyncio task
+        self.begin = self.inbox.put
+        self.reader.start()
+        while True:
+            call = self.inbox.get()
+            if call.method == "__init__": self.become(call)
+            self.execute(call)
+    def become(self, call):         # an actor; if it takes several calls at a time, later ones do not go to the inbox
+        self.plan = call.options
+        most = self.plan["max_concurrency"]
+        if self.plan["asynchronous"]:
+            self.loop = asyncio.new_event_loop()
+            self.slots = asyncio.Semaphore(most)
+            self.begin = partial(self.loop.call_soon_threadsafe, self.begin_async)
+            self.loop.call_soon(self.execute, call)             # so its constructor finds a running loop
+            self.loop.run_forever()
+        elif most > 1:
+            self.begin = partial(ThreadPoolExecutor(most).submit, self.execute)
+    def end(self): os._exit(1)      # the hub is gone
+    def on_run(self, *call): self.begin(Task(*call))
+    def on_cancel(self, tid):       # soon: what has not begun could not even say so
+        self.cancelled.add(tid)
+        if tid in self.running: self.loop.call_soon_threadsafe(self.loop.call_soon, self.running[tid].cancel)
+    def begin_async(self, call): self.running[call.id] = self.loop.create_task(self.execute_async(call))
+    async def execute_async(self, call):
+        current.set(call)
+        try:
+            async with self.slots:
+                result = self.resolve(call)()
+                self.succeed(call, await result if inspect.isawaitable(result) else result)
+        except BaseException as error: self.fail(call, error)
+        del self.running[call.id]
+    def execute(self, call):
+        current.set(call)
+        try: self.succeed(call, self.resolve(call)())
+        except BaseException as error: self.fail(call, error)
+    def resolve(self, call):        # what to call, with its arguments: refs among them have become their values
+        if call.id in self.cancelled: raise asyncio.CancelledError
+        if isinstance(call.args, File): call.args = call.args.map()
+        args, kwargs = unpack(call.args)
+        kwargs = {name: value_of(arg) for name, arg in kwargs.items()}
+        if call.function: target = load(call.function)
+        else: target = getattr(self.instance, call.method, partial(ray_call, self.instance))
+        return partial(target, *map(value_of, args), **kwargs)
+    def succeed(self, call, result):
+        count = len(call.returns)
+        if call.method == "__init__": self.instance, result = result, None
+        values = [result] if count == 1 else list(result or ())
+        if len(values) != count:
+            raise ValueError(f"{call.options['label']} returned {len(values)} values, but num_returns={count}")
+        stored = [self.store(value, oid) for value, oid in zip(values, call.returns)]
+        self.send("done", call.id, [refs for _, refs in stored], None, False, *[value for value, _ in stored])
+    def fail(self, call, error):
+        if isinstance(error, SystemExit):           # exit_actor(), too
+            atexit._run_exitfuncs()
+            self.send("kill", call.actor, True)
+            os._exit(1)
+        name, again = call.options["label"], call.options["retry_exceptions"]
+        text = f"{name}() failed in process {os.getpid()}:\n{traceback.format_exc()}"
+        failure = RayTaskError(name, text, error.cause if isinstance(error, RayTaskError) else error)
+        if call.method == "__init__": failure = ActorDiedError(f"the actor is dead: its constructor failed\n{text}")
+        if isinstance(error, asyncio.CancelledError): failure = TaskCancelledError(f"{name} was cancelled")
+        try:
+            packed = pack_small(failure)
+            unpack(packed)
+            again = again is True or again and isinstance(error, unpack(again))
+        except Exception as problem:                # it cannot be sent, or not be made again: at least it can be read
+            packed = pack_small(RayTaskError(name, f"{text}\n(which itself could not be sent: {problem})"))
+        self.send("done", call.id, [], packed, again)
 def ray_call(instance, function=bool, *args, **kwargs): return function(instance, *args, **kwargs)
 def value_of(arg): return arg.value() if isinstance(arg, ObjectRef) else arg
-@lru_cache
+@cache
 def load(function): return borrow(function).value()
+def work(fd, node, gpus):           # the process of a worker
+    global the_client
+    the_client = Worker(inherited(fd), node=node, gpus=gpus)
+    the_client.live()
 
 # --- the API, by Ray's names ------------------------------------------------------------------------------------------
 the_client = None
@@ -747,7 +720,7 @@ def connected():
 def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_env=None, ignore_reinit_error=False,
          **_of_ray):                # what Ray has for its dashboard, its logs and the size of its memory is ignored
     global the_client
-    context = ExitStack()                # so that `with init():` ends in a shutdown
+    context = contextlib.ExitStack()                # so that `with init():` ends in a shutdown
     context.callback(shutdown)
     if the_client:
         if ignore_reinit_error or address or the_client.works: return context
@@ -756,9 +729,10 @@ def init(address=None, *, num_cpus=None, num_gpus=None, resources=None, runtime_
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))        # large values take descriptors
     cpus = len(os.sched_getaffinity(0)) if num_cpus is None else num_cpus
     total = node_total(cpus, visible_gpus(num_gpus), resources or {})
-    session = token_hex(8)
+    session = secrets.token_hex(8)
     hub, sock = start_python("serve", (runtime_env or {}).get("env_vars", {}), session, total)
     the_client = Client(sock, hub=hub, session=session)
+    the_client.reader.start()
     return context
 def visible_gpus(count):            # their names: those of CUDA_VISIBLE_DEVICES, indices or UUIDs, or else 0, 1,
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -770,31 +744,31 @@ def shutdown():
     client = the_client
     if client is None or client.works: return
     the_client = None
-    client.sock.shutdown(socket.SHUT_RDWR)          # the hub, too, reads its end
-    client.guard.join()
+    with contextlib.suppress(OSError): client.sock.shutdown(socket.SHUT_RDWR)           # the hub, too, reads its end
+    client.reader.join()
     client.sock.close()
     put_once.cache_clear()
 def is_initialized(): return the_client is not None
 def put(value):
     client = connected()
-    ref = ObjectRef(client)
+    ref = ObjectRef(client, next(client.ids))
     stored, refs = client.store(value, ref.id)
     client.send("put", ref.id, stored, refs)
-    on_value(client, ref.id, stored, False)
+    client.on_value(ref.id, stored, False)
     return ref
 def get(refs, *, timeout=None):
     if isinstance(refs, ObjectRef): return get([refs], timeout=timeout)[0]
     if not arrive(refs, len(refs), timeout): raise GetTimeoutError(f"{len(refs)} values were not there in {timeout} s")
     return [ref.value() for ref in refs]
-def arrive(refs, count, timeout):   # so many of them, or False: not in time. A task that waits lends its CPU to others
-    def there():
-        missing = (ref for ref in reversed(refs) if not ref.ready)      # the last ones mostly come last
-        return len(list(islice(missing, spare))) < spare
-    spare = len(refs) - count + 1
-    if there(): return True
+def arrive(refs, count, timeout):
+    """Waits until so many are there; False if they are not in time. A task that waits lends its CPU to others."""
+    late = [ref.arrived for ref in refs if not ref.ready]
+    missing = count - len(refs) + len(late)
+    if missing <= 0: return True
     client = connected()
     if client.works: client.send("blocked", 1)
-    try: return client.until(there, math.inf if timeout is None else timeout)
+    try: return bool(list(itertools.islice(as_completed(late, timeout), missing)))
+    except LateError: return False
     finally:
         if client.works: client.send("blocked", -1)
 def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
@@ -805,10 +779,10 @@ def wait(refs, *, num_returns=1, timeout=None, fetch_local=True):
     ready = [ref for ref in refs if ref.ready][:num_returns]
     chosen = set(ready)
     return ready, [ref for ref in refs if ref not in chosen]
-def cancel(ref, **_of_ray): connected().ask("cancel", ref.id)
+def cancel(ref, *, force=False, recursive=True): connected().ask("cancel", ref.id)
 def kill(actor, *, no_restart=True): connected().send("kill", actor._ref.id, no_restart)
-def exit_actor(): raise SystemExit
-def get_actor(name, **_of_ray): return connected().find_actor(name, True)
+def exit_actor(): raise SystemExit(0)
+def get_actor(name, namespace=None): return connected().find_actor(name, True)
 def method(**options):              # defaults for one method of an actor: @method(num_returns=2)
     def mark(function):
         function._options = checked(options)
@@ -823,9 +797,13 @@ DEFAULTS = {"num_cpus": None, "num_gpus": 0, "resources": {}, "runtime_env": {},
 def checked(options):
     if unknown := options.keys() - DEFAULTS.keys():
         raise ValueError(f"unknown options {unknown}: choose from {list(DEFAULTS)}")
-    return {name: value for name, value in options.items() if value is not None}
+    options = {name: value for name, value in options.items() if value is not None}
+    if isinstance(options.get("retry_exceptions"), (list, tuple)):      # packed, as the hub does not know these types
+        options["retry_exceptions"] = pack_small(tuple(options["retry_exceptions"]))
+    return options
 @lru_cache(1000)
 def put_once(client, target): return put(target)         # a function or class is an object like any other
+
 class Remote:                       # what can be called: a function, a class, or a method of an actor; with its options
     def __init__(self, target, given, actor=None):
         self.target, self.given, self.actor = target, given, actor      # of an actor, the target is the method's name
@@ -833,45 +811,47 @@ class Remote:                       # what can be called: a function, a class, o
     def options(self, **options): return Remote(self.target, self.given | checked(options), self.actor)
     @cached_property
     def plan(self):                 # what the hub and the workers have to know of the options
-        own = {"bundle": None, "label": getattr(self.target, "__name__", ""), "num_cpus": 0 if self.method else 1}
-        plan = DEFAULTS | own | self.given          # as in Ray, an actor has to ask for a CPU
-        tries = {"": "max_retries", "__init__": "max_restarts"}.get(self.method, "max_task_retries")
-        plan["retries"] = plan[tries]
-        plan["retry_exceptions"] = pack_small(plan["retry_exceptions"])         # as the hub does not know these types
-        demand = {"CPU": plan["num_cpus"], "GPU": plan["num_gpus"]} | plan["resources"]
+        plan = DEFAULTS | self.given
+        if self.actor:
+            return {"label": f"{self.actor._plan['label']}.{self.target}", "retries": plan["max_task_retries"],
+                    "num_returns": plan["num_returns"], "retry_exceptions": plan["retry_exceptions"]}
+        plan |= {"label": self.target.__name__, "retries": plan["max_retries"], "bundle": None}
+        cpus = plan["num_cpus"]
+        if cpus is None: cpus = 0 if self.method else 1         # as in Ray: an actor has to ask for one
+        demand = {"CPU": cpus, "GPU": plan["num_gpus"]} | plan["resources"]
         plan["demand"] = {name: amount for name, amount in demand.items() if amount}
-        if self.method == "__init__":
+        if self.method:
             members = inspect.getmembers(self.target, callable)
             asynchronous = any(inspect.iscoroutinefunction(member) for _, member in members)
             plan |= {"methods": {name: getattr(member, "_options", {}) for name, member in members},
-                     "asynchronous": asynchronous,
+                     "retries": plan["max_restarts"], "asynchronous": asynchronous,
                      "max_concurrency": plan["max_concurrency"] or (1000 if asynchronous else 1)}
         strategy = plan.pop("scheduling_strategy")
         if isinstance(strategy, PlacementGroupSchedulingStrategy):
             index = strategy.placement_group_bundle_index
             plan["bundle"] = strategy.placement_group.id.id, max(index, 0), index + 1 or None
-        return pickle.dumps(plan)
+        plan["shape"] = f"{plan['demand']} {plan['bundle']}"
+        return plan
     def remote(self, *args, **kwargs):              # the refs of the values, or the handle of an actor
         client = connected()
-        plan = known(self.plan)
+        plan = self.plan
         stored, refs = client.store((args, kwargs))
         deps = [arg.id for arg in (*args, *kwargs.values()) if isinstance(arg, ObjectRef)]
-        values = [ObjectRef(client) for _ in range(plan["num_returns"])]
+        values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
         returns = [value.id for value in values]
         tid = returns[0] if returns else next(client.ids)
         function = None if self.actor else put_once(client, self.target).id
-        fields = (tid, function, self.method, stored, deps, refs, returns, self.plan)
+        fields = (tid, function, self.method, stored, deps, refs, returns, plan)
         if self.method == "__init__": return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
-        client.send("submit", *fields, self.actor and self.actor.id)
+        client.send("submit", *fields, self.actor and self.actor._ref.id)
         return values[0] if len(values) == 1 else values or None
+
 class ActorHandle:                  # handle.method.remote(...) calls. The actor ends when no handle is left anywhere
     def __init__(self, ref, plan): self._ref, self._plan = ref, plan
     def __getattr__(self, name):
-        plan = known(self._plan)
-        methods = plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
-        if name not in methods: raise AttributeError(f"actor {plan['label']} has no method {name!r}")
-        given = {"max_task_retries": plan["max_task_retries"], "label": f"{plan['label']}.{name}"} | methods[name]
-        return vars(self).setdefault(name, Remote(name, given, self._ref))      # and for the next time
+        methods = self._plan["methods"] | {"__ray_ready__": {}, "__ray_call__": {}}
+        if name not in methods: raise AttributeError(f"actor {self._plan['label']} has no method {name!r}")
+        return Remote(name, {"max_task_retries": self._plan["max_task_retries"]} | methods[name], self)
     def __reduce__(self): return ActorHandle, (self._ref, self._plan)
 def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or remote(function)
     return partial(remote, **options) if target is None else Remote(target, checked(options))
@@ -879,45 +859,46 @@ def remote(target=None, **options):  # @remote, @remote(num_cpus=2, ...), or rem
 # --- where am I, and what is there? -----------------------------------------------------------------------------------
 class RuntimeContext:
     def get_node_id(self): return connected().node or nodes()[0]["NodeID"]
-    def get_actor_id(self): return constructor and f"{constructor.id:024x}"
+    def get_actor_id(self): return current.get() and current.get().actor and f"{current.get().actor:024x}"
     def get_accelerator_ids(self): return {"GPU": list(connected().gpus)}
-    current_actor = property(lambda self: ActorHandle(borrow(constructor.id), constructor.fields[7]))
+    current_actor = property(lambda self: ActorHandle(borrow(current.get().actor), connected().plan))
 def get_runtime_context(): return RuntimeContext()
 def get_gpu_ids(): return [int(gpu) if gpu.isdigit() else gpu for gpu in connected().gpus]
 def nodes(): return connected().ask("nodes")
 def cluster_resources(): return sum_up("Resources")
 def available_resources(): return sum_up("Available")
 def sum_up(which):
-    total = Counter()
-    for node in nodes(): total += Counter(node[which])      # which forgets what is 0
+    total = collections.Counter()
+    for node in nodes(): total += collections.Counter(node[which])      # which forgets what is 0
     return {name: amount for name, amount in total.items() if "GPU:" not in name}
 class Cluster:                      # several nodes on one machine: each is a pool of resources with workers of its own
     address = "local"
-    def __init__(self, head_node_args=None, **_of_ray):
+    def __init__(self, initialize_head=True, connect=False, head_node_args=None):
         self.shutdown = init(**head_node_args or {}).close
     def add_node(self, num_cpus=1, num_gpus=0, resources=None, **_of_ray):
         return types.SimpleNamespace(node_id=connected().ask("add_node", num_cpus, num_gpus, resources or {}))
 
 # --- placement groups: resources that are taken together, or not at all -----------------------------------------------
-@dataclass
+@dataclasses.dataclass
 class PlacementGroup:               # it lives until it is removed, or its driver ends
     id: ObjectRef
     bundle_specs: list
     def ready(self): return self.id
     def wait(self, timeout_seconds=30): return bool(wait([self.id], timeout=timeout_seconds)[0])
-def placement_group(bundles, strategy="PACK", **_of_ray):
+def placement_group(bundles, strategy="PACK", name="", lifetime=None):
     if strategy not in ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"):
         raise ValueError(f"strategy={strategy!r}: choose from PACK, SPREAD, STRICT_PACK, STRICT_SPREAD")
     client = connected()
-    group = PlacementGroup(ObjectRef(client), bundles)
+    group = PlacementGroup(ObjectRef(client, next(client.ids)), bundles)
     client.send("group", group.id.id, bundles, strategy, pack_small(group))
     return group
 def remove_placement_group(group): connected().send("remove_group", group.id.id)
-@dataclass
+@dataclasses.dataclass
 class PlacementGroupSchedulingStrategy:
     placement_group: PlacementGroup
     placement_group_bundle_index: int = -1          # -1: any
     placement_group_capture_child_tasks: bool = False           # Ray's; here what a task starts is never captured
+
 class ActorPool:                    # spreads calls over actors, one at a time on each
     def __init__(self, actors):
         self.idle, self.waiting, self.busy = list(actors), [], {}       # busy: ref -> its actor, as they were submitted
@@ -931,7 +912,7 @@ class ActorPool:                    # spreads calls over actors, one at a time o
             fn, value = self.waiting.pop(0)
             self.busy[fn(actor, value)] = actor
     def get_next(self, timeout=None, among=1):
-        if not self.busy: raise StopIteration
+        if not self.busy: raise StopIteration("no more results")
         ready, _ = wait(list(self.busy)[:among], timeout=timeout)
         if not ready: raise TimeoutError("no result was there in time")
         self.push(self.busy.pop(ready[0]))
@@ -939,42 +920,61 @@ class ActorPool:                    # spreads calls over actors, one at a time o
     def map(self, fn, values, among=1):
         for value in values: self.submit(fn, value)
         return (self.get_next(None, among) for _ in iter(self.has_next, False))
-    get_next_unordered = partialmethod(get_next, among=None)
-    map_unordered = partialmethod(map, among=None)
+    def get_next_unordered(self, timeout=None): return self.get_next(timeout, None)
+    def map_unordered(self, fn, values): return self.map(fn, values, None)
     def has_next(self): return bool(self.busy)
     def has_free(self): return bool(self.idle)
     def pop_idle(self): return self.idle.pop() if self.idle else None
-# So that `from actors.util import ActorPool` works: Ray's modules are all this one
+
+# Ray's module names, so that `from actors.util import ActorPool` works: all are this one.
 util = exceptions = cluster_utils = actor = scheduling_strategies = sys.modules[__name__]
 for name in ("exceptions actor cluster_utils util util.actor_pool util.placement_group "
-             "util.scheduling_strategies").split(): sys.modules[f"{__name__}.{name}"] = util
+             "util.scheduling_strategies").split():
+    sys.modules[f"{__name__}.{name}"] = util
 
-# --- the demo: how fast it is -----------------------------------------------------------------------------------------
-class Plain:
-    def method(self): pass
+# --- the demo, and how fast it is -------------------------------------------------------------------------------------
+class Counter:
+    count = 0
+    def crash(self): os._exit(1)
+    def add(self):
+        self.count += 1
+        return self.count
+class AsyncCounter:
+    async def add(self): return 1
+def demo():
+    with init(num_cpus=2):
+        counter = remote(Counter).options(max_restarts=1).remote()
+        print("an actor counts:", get([counter.add.remote() for _ in range(5)]))
+        wait([counter.crash.remote()])
+        again = get(counter.add.remote())
+        print("it crashes, runs again, and counts from", again)
+        assert again == 1
 def measure(ray, large):            # how often a second a module with Ray's API does what: the best of three runs
-    import numpy
     start = time.perf_counter()
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     task = ray.remote(lambda: 9)
-    assert ray.get(task.remote()) == 9
+    ray.get(task.remote())
     rates = {"init to the first result": 1 / (time.perf_counter() - start)}
     def note(what, *action, **options):
         timer = timeit.Timer(partial(*action, **options))
         rates[what] = max(count / seconds for count, seconds in [timer.autorange() for _ in range(3)])
     def call(function, times): ray.get([function.remote() for _ in range(times)])
-    method = ray.remote(Plain).remote().method
-    for times in 1, 1000:
-        note(f"{times} tasks", call, task, times)
-        note(f"{times} actor calls", call, method, times)
+    plain = ray.remote(Counter).remote()
+    note("1 task", call, task, 1)
+    note("1000 tasks", call, task, 1000)
+    note("1 actor call", call, plain.add, 1)
+    note("1000 actor calls", call, plain.add, 1000)
+    note("1000 async actor calls", call, ray.remote(AsyncCounter).remote().add, 1000)
     note("wait for 1000 values", ray.wait, [ray.put(i) for i in range(1000)], num_returns=1000)
-    note("put of 1 GiB", ray.put, numpy.ones(large, "u1"))
+    note("put of 1 GiB", ray.put, importlib.import_module("numpy").ones(large, "u1"))
     ray.shutdown()
     return rates
-def table(names, large=1_073_741_824):        # bytes: 1 GiB
+def table(names, large=1 << 30):
     columns = [measure(importlib.import_module(name), large) for name in names]
     print("how often a second:", *names)
     for what in columns[0]: print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns])
+
 if __name__ == "__main__":
-    import actors                   # not as __main__: workers have to find its classes under the name they import
-    actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
+    import actors as module         # not as __main__: workers have to find its classes under the name they import
+    module.demo()
+    module.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])

@@ -1183,10 +1183,10 @@ def test_whatever_is_done_in_whatever_order_all_comes_back(small, seed):
     until(lambda: gc.collect() >= 0 and small.available_resources() == full, 60)
 
 
-def test_the_table_of_speeds_is_made():
-    code = f"import sys; sys.path.append({str(HERE)!r}); import actors as a; a.table(['actors'], 1 << 20)"
+def test_the_demo_of_actors_runs():
+    code = f"import sys; sys.path.append({str(HERE)!r}); import actors as a; a.demo(); a.table(['actors'], 1 << 20)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    assert "put of 1 GiB" in done.stdout, done.stderr
+    assert "counts from 1" in done.stdout and "put of 1 GiB" in done.stdout, done.stderr
 
 
 # --- kernels.py ------------------------------------------------------------------------------------------------------
