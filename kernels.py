@@ -299,7 +299,7 @@ def _paged_part(q, k_cache, v_cache, block_table, context_lens, lse, out, table_
         live = token < stop
         page = tl.load(block_table + sequence * table_stride + token // PAGE, live).to(tl.int64)
         slot = page * PAGE + token % PAGE
-        at = (slot * tl.num_programs(0) + kv_head) * DIM + dims
+        at = slot * (tl.num_programs(0) * DIM) + kv_head * DIM + dims   # this way it takes 123 registers, and not 154
         k_tile = tl.load(k_cache + at, live)
         v_tile = tl.load(v_cache + at, live, 0.0)                       # 0 times anything else might be NaN
         scores = tl.where(live.T, _dot(q_tile, k_tile.T), MASKED)       # [ROWS, STEP]
@@ -727,7 +727,7 @@ def _sample(logits, tops, temperature, top_k, top_p, seeds, positions, tokens, l
     k = tl.load(top_k + program)
     if k > 0:
         low = _lowest(row, vocab, low, k, top, inverse, True)
-    nucleus = tl.load(top_p + program)
+    nucleus = _load(top_p + program, True)
     if nucleus < 1:
         low = _lowest(row, vocab, low, nucleus, top, inverse, False)
     key = _key(tl.load(seeds + program), tl.load(positions + program)).to(tl.uint32)
@@ -779,14 +779,12 @@ def sample(logits, temperature, top_k, top_p, seeds, positions, return_full=Fals
     the temperature) stay or go together. With return_full also the logprobs under all of softmax(logits / temperature),
     for training. temperature, top_k, top_p: numbers, or one a row. Temperature 0 is greedy: the first of the largest,
     logprob 0, the full one at temperature 1. seeds and positions [batch] (int64) are all the randomness."""
-    zeros = torch.zeros_like(seeds)
-    settings = zeros + temperature, zeros + top_k, zeros + 1.0 * top_p, seeds, positions
+    settings = [torch.as_tensor(x, device=seeds.device).expand(len(seeds)).contiguous()
+                for x in (temperature, top_k, top_p, seeds, positions)]
     if _on_triton(logits):
-        tokens = torch.empty_like(seeds)
-        logprobs = _floats(logits, 2, len(seeds))
+        found = torch.empty_like(seeds), *_floats(logits, 2, len(seeds))
         _sample[(len(seeds),)](
-            logits.contiguous(), logits.amax(1).float(), *settings, tokens, *logprobs, logits.shape[1], num_warps=32)
-        found = tokens, *logprobs
+            logits.contiguous(), logits.amax(1).float(), *settings, *found, logits.shape[1], num_warps=32)
     else:
         found = sample_reference(logits, *settings)
     return found if return_full else found[:2]
@@ -807,7 +805,6 @@ def main():
     n, few, kv, dim, vocab = (131_072, 8192, 8, 128, 151_936) if cuda else (128, 128, 1, 64, 500)
     make = partial(torch.randn, dtype=torch.bfloat16 if cuda else torch.float32, requires_grad=True)
     rows = torch.arange(n)
-    angles = torch.randn(n, dim // 2)
     q = make(few, 2 * kv, dim)
     k, v = make(2, few, kv, dim)
     x = make(n, kv * dim)
@@ -818,7 +815,7 @@ def main():
         (flash_attention, q, k, v, torch.tensor([0, few]).int(), None, few),
         (paged_attention, q[:len(table)], *pages, table, torch.full_like(table[:, 0], few // 4 - 3)),
         (rms_norm, x, make(kv * dim)),
-        (qkv_rotary, make(n, 4 * kv * dim), 2 * kv, kv, angles.cos(), angles.sin(), rows, *q[0, :2]),
+        (qkv_rotary, make(n, 4 * kv * dim), 2 * kv, kv, *torch.randn(2, n, dim // 2), rows, *q[0, :2]),
         (swiglu, make(n, 6 * kv * dim)),
         (linear_cross_entropy, x[:few], make(vocab, kv * dim) * 0.05, rows[:few]),
     ):
