@@ -49,11 +49,11 @@ setup() {       # setup [test]: what pyproject.toml asks for, unless all of it c
         fi
         export VIRTUAL_ENV=$PWD/.venv PATH=$PWD/.venv/bin:$PATH
     fi
+    local how=(--no-compile)                # Python compiles what it imports; pip would compile all there is, for a minute
     local needed=(torch triton transformers math_verify numpy matplotlib cloudpickle)
-    [[ ${1:-} ]] && needed+=(pytest ruff pyarrow polars duckdb datasets pandas ray)
+    [[ ${1:-} ]] && how=() needed+=(pytest ruff pyarrow polars duckdb datasets pandas ray)
     python -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' "${needed[@]}" && return
-    echo "run.sh: installing"
-    python -m pip install --quiet --disable-pip-version-check -e ".${1:+[$1]}"
+    echo "run.sh: installing"; python -m pip install --quiet --disable-pip-version-check "${how[@]}" -e ".${1:+[$1]}"
 }
 
 # --- the pipeline: what runs where; a model is there when its weights are, which come last and whole ---
