@@ -519,7 +519,7 @@ class LLM:
                 self.finish(request, "stop", token if token in request.params.stop_token_ids else None)
             elif stop:
                 self.finish(request, "stop", stop)
-            elif len(request.tokens) == request.limit:
+            elif len(request.tokens) >= request.limit:
                 self.finish(request, "length")
     def stop_string(self, ids, stops):
         """The one that these tokens have come to: the last of them, since the others were looked at before."""
@@ -553,7 +553,7 @@ class LLM:
         """Outputs in the order of prompts: one or a list of strings, ids or dicts, with one SamplingParams or many."""
         if isinstance(prompts, (str, dict)) or len(prompts) and isinstance(prompts[0], (int, np.integer)):
             prompts = [prompts]
-        if not isinstance(sampling_params, list):
+        if not hasattr(sampling_params, "__len__"):
             sampling_params = [sampling_params] * len(prompts)
         if len(sampling_params) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts and {len(sampling_params)} sampling_params")

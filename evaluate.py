@@ -177,7 +177,7 @@ def read_rows(data, split="train"):
     for i, row in enumerate(rows, 1):
         if isinstance(row, bytes):
             try:
-                row = dict(json.loads(row.strip() or "{}"))
+                row = {**json.loads(row.strip() or "{}")}
             except (ValueError, TypeError, RecursionError) as error:
                 raise ValueError(f"{data}, line {i}: not a JSON object: {error}") from None
         if row:

@@ -111,7 +111,6 @@ class Config:
 # --- the mathematics -------------------------------------------------------------------------------------------------
 # An action is a token that the model chose. The responses of a batch are rows, sorted by prompt, and what is known of
 # their actions lies end to end, [actions], with lengths [rows]: there is no padding that could be learned from.
-
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
     """A_t = sum_l (gamma lam)^l delta_(t+l), delta_t = r_t + gamma V_(t+1) - V_t  (arXiv 1506.02438, eq. 16)."""
     rewards = pad_sequence(rewards.split(lengths.tolist()))         # [slots, rows], 0 behind the end of a row
@@ -155,7 +154,7 @@ def kl_estimate(kind: str, logprobs: Tensor, reference: Tensor) -> Tensor:
 
 def overlong_penalty(lengths: Tensor, longest: int, buffer: int) -> Tensor:
     """0 down to -1 over the last `buffer` tokens (DAPO, arXiv 2503.14476, eq. 13)."""
-    return -((lengths - (longest - buffer)) / max(1, buffer)).clamp(0, 1)
+    return -((lengths.double() - (longest - buffer)) / max(1, buffer)).clamp(0, 1)
 
 def token_rewards(scores: Tensor, lengths: Tensor) -> Tensor:
     """[actions]: the score [rows] on the last action of a row, 0 elsewhere."""
@@ -404,7 +403,7 @@ class Judge:
                 except Exception as error:          # its own frames alone, and then the row
                     frames = error.__traceback__.tb_next
                     said = traceback.format_exception(type(error), error, frames)
-                    return "".join(said) + f"in row {row['row']} of --data: {own}"
+                    return "".join(said) + f"in row {row['row']}: {own}"
                 rows.append(row)
         return rows
 
@@ -647,7 +646,9 @@ class Run:
 def check(c: Config):
     if not (c.model and c.data and c.out):
         raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
-    sft.at_least_one(c, "batch", "max_response", "minibatches", "steps", "save_every", "log_every", "eval_every")
+    sft.at_least_one(c, "batch", "samples", "max_response", "minibatches", "epochs", "generator_tp", "steps",
+                       "save_every", "log_every", "eval_every")
+    importlib.import_module(c.runtime)
     positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
     if c.max_prompt + c.max_response > positions:
         raise ValueError(f"--max_prompt + --max_response are more than the {positions} tokens that the model knows")

@@ -1733,7 +1733,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_what_cannot_be_is_refused_by_name():
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
-    wrong = dict(hidden_act="gelu", attention_bias=True, model_type="gemma", rope_parameters=yarn)
+    wrong = dict(
+        hidden_act="gelu", attention_bias=True, model_type="gemma", rope_parameters=yarn,
+        quantization_config={"quant_method": "fp8"})
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.replace("parameters", "type")):
             P.Config(**{name: value})
@@ -2683,12 +2685,12 @@ def test_advantages_are_the_formulas_of_their_papers(kind, samples):
     for gamma, lam, kl in itertools.product([1, 0.9, 0], [1, 0.7, 0], ["none", "k1"]):
         ppo.estimate(batch, ppo.Config(
             advantage=kind, samples=samples, gamma=gamma, lam=lam, kl=kl, kl_coef=0.3,
-            max_response=9, overlong_buffer=4 if kl == "k1" else 0))
+            max_response=9, overlong_buffer=3 if kl == "k1" else 0))
         rewards = torch.zeros(21).double()
         rewards[last] = batch["score"]
         if kl == "k1":
             rewards -= 0.3 * (batch["prox"] - batch["reference"])
-            rewards[last] -= ((LENGTHS - 5) / 4).clamp(0, 1)
+            rewards[last] -= ((LENGTHS.double() - 6) / 3).clamp(0, 1)
         group = torch.segment_reduce(rewards, "sum", lengths=LENGTHS).view(-1, samples)
         mean = group.mean(1, keepdim=True)
         if kind == "gae":                                       # the double sum over later errors
@@ -2965,6 +2967,7 @@ def test_on_a_gpu_the_engine_draws_from_what_the_trainer_computes_to_the_bit(
 MISTAKES = r"""
 parallel.py --oops                              --oops
 parallel.py --device cuda                       no GPU
+parallel.py merge model merged                  state.pt
 engine.py --oops                                --oops
 engine.py --model nowhere 2+2?                  nowhere
 evaluate.py --oops                              --oops
@@ -2973,6 +2976,7 @@ evaluate.py --oops                              --oops
 {sft} --data raw.arrow                          input_ids
 {sft} --data far.arrow                          prepare
 {sft} --data nope.arrow                         nope.arrow
+{sft} --data long.arrow                         4,096
 {sft} --loss dpo --data far.arrow               chosen_input_ids
 {sft} --max_tokens 20                           20
 {sft} --batch 0                                 --batch
@@ -2994,6 +2998,8 @@ evaluate.py --oops                              --oops
 {ppo} --advantage grpo --samples 1              --samples
 {ppo} --temperature 0                           --temperature
 {ppo} --steps 0                                 --steps
+{ppo} --samples 0                               --samples
+{ppo} --epochs 0                                --epochs
 {ppo} --reward nope.py:f                        nope.py
 {ppo} --reward reward.py:f                      f(response
 {ppo} --tp 2                                    tp
@@ -3013,6 +3019,8 @@ def test_mistakes_are_one_line_and_leave_nothing(
     al.write(al.Table.from_pylist([{"prompt": "a"}]), "raw.arrow")
     far = {"held_out": False, "input_ids": [1, 999], "loss_mask": [0, 1]}
     al.write(al.Table.from_pylist([far]), "far.arrow")
+    long = far | {"input_ids": [1] * 5000, "loss_mask": [1] * 5000}
+    al.write(al.Table.from_pylist([long]), "long.arrow")
     program("evaluate.py arithmetic --n 20 --out sums.jsonl")
     Path("reward.py").touch()
     before = sorted(tmp_path.rglob("*"))
