@@ -25,7 +25,7 @@ format (stream=True: datasets) has none. Left out: writing dictionaries and comp
 """
 from __future__ import annotations
 import datetime as dt
-import json, mmap, os, re, struct, tempfile, timeit
+import json, mmap, os, re, struct, tempfile, threading, timeit
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -128,7 +128,7 @@ def as_type(spec):                          # from a Type, its spelling (but of 
         return spec
     if not isinstance(spec, str):
         spec = np.dtype(spec).name
-    parts = re.fullmatch(r"(\w+)(?:<(.+)>)?(?:\[(\d*)(\w*)(?:, *(.+))?\])?", ALIASES.get(spec, spec))
+    parts = re.fullmatch(r"(\w+)(?:<(.+)>)?(?:\[(\d*)(\w*)(?:, *(?:tz=)?(.+))?\])?", ALIASES.get(spec, spec))
     name = parts and ALIASES.get(parts[1], parts[1])
     check(name in DTYPES, f"{spec!r} is no Arrow type that can be spelled; those are {', '.join(DTYPES)}")
     _, inner, size, unit, tz = parts.groups("")
@@ -270,7 +270,7 @@ def family_of(kind):                        # of types that hold the values of a
         if issubclass(kind, python):
             return family
     return "list" if hasattr(kind, "__len__") else "fixed"
-NATURAL = {dt.date: "date32", dt.datetime: "timestamp[us]", dt.timedelta: "duration[us]"}
+NATURAL = {dt.date: "datetime64[D]", dt.datetime: "datetime64[us]", dt.timedelta: "timedelta64[us]"}
 def natural(values):                        # the type for Python values; what lists and structs hold is left open
     found = Type("null")
     for spec, value in {getattr(value, "dtype", type(value)): value for value in values}.items():
@@ -324,12 +324,20 @@ def join_rows(rows, part):                  # the items of all rows, of a type o
     if rows and all(hasattr(row, "__array__") for row in rows):
         return array(np.concatenate(rows), part).combine()
     return build(list(chain(*rows)), part)
+def in_utc(time):                           # without a zone, as what has none is taken to be
+    return time.astimezone(dt.timezone.utc).replace(tzinfo=None) if getattr(time, "tzinfo", None) else time
+def given_back(stored, value):              # a time in the value's unit: one that was too large is another there
+    if isinstance(value, type(stored)):
+        return stored.astype(value.dtype)
+    return stored.astype(NATURAL[type(value)]).item() if type(value) in NATURAL else stored
 def exact(values, kind):                    # numbers and times as stored; only floats may be rounded, to floats
     if kind.tz:
-        values = [value.astimezone(dt.timezone.utc).replace(tzinfo=None) for value in values]
+        values = list(map(in_utc, values))
     with np.errstate(over="raise"), naming(f"a value does not fit in a column of {kind}"):
         out = np.array(values, kind.dtype)
     found = out.tolist() if kind.is_plain else list(out)
+    if kind.unit:
+        found = list(map(given_back, found, values))
     if found != values:
         rounded = (float, np.floating) if kind.dtype.kind == "f" else ()
         for value, same in zip(values, found):
@@ -399,7 +407,7 @@ class Column:
             yield from self[start:start + 1000].to_pylist()
     def batches(self):                      # the rows as arrays: as the chunks lie, after a shuffle 10,000 at a time
         rows = self.rows
-        if isinstance(rows, range) and rows.step == 1:
+        if isinstance(rows, range) and rows and rows.step == 1:
             first = bisect_right(self.starts, rows.start) - 1
             for k in range(first, bisect_left(self.starts, rows.stop)):
                 start = max(rows.start - self.starts[k], 0)
@@ -424,8 +432,10 @@ class Column:
     def to_torch(self):
         """A tensor over the same memory, which may be written to: no file changes. Of lists, a list of tensors."""
         import torch
-        values = self.to_numpy()
+        made = self.combine()
+        values = made.to_numpy()
         if values.dtype == object:
+            check(not made.null_count, "a null is no tensor; filter those rows out first")
             return list(map(torch.from_numpy, values))
         return torch.from_numpy(values)
     @property
@@ -744,12 +754,15 @@ class Batch(Array):
         self.counts = iter(counts)                          # of buffers, one for each array of views
         self.dictionaries = dictionaries                    # {number: (metadata, where there, body) of its values}
         self.explain = explain
-        self.most = max(1 << 18, 8 * len(body))             # rows: one takes a bit at least, but for nulls
+        self.lock = threading.Lock()
+        self.most = max(1 << 22, 8 * len(body))             # rows: one takes a bit at least, but for nulls
         check(0 <= self.length <= self.most)
     @cached_property
     def children(self):
-        with self.explain():
-            return self.array(self.type).children
+        with self.lock, self.explain():
+            if "children" not in vars(self):                # another thread was first: nodes and buffers are used up
+                self.children = self.array(self.type).children
+        return self.children
     def buffer(self, dtype="u1", count=-1):  # the next one, all of it or so many items
         return np.frombuffer(next(self.buffers), dtype, count)
     def bits(self, count):
@@ -821,7 +834,7 @@ def atomic(path):                           # a file that appears under its name
     final = os.path.realpath(path)
     replaceable = os.path.isfile(final) or not os.path.exists(final)
     check(replaceable, f"{path} is a directory or a device, and no file that can be replaced")
-    temporary = f"{final}.{os.getpid()}.tmp"
+    temporary = f"{final}.{threading.get_native_id()}.tmp"
     with open(temporary, "wb") as file:
         try:
             yield file
