@@ -41,8 +41,7 @@ STORED = {"date32": ("date", 0)}        # the types whose name in a file is anot
 STORED |= {f"float{16 << i}": ("float", i) for i in range(3)}
 for bits in (8, 16, 32, 64):
     STORED |= {f"int{bits}": ("int", bits, 1), f"uint{bits}": ("int", bits, 0)}
-# What is supported, with the dtype of its values, or of the offsets of its rows. Structs and nulls have neither.
-DTYPES = {name: name for name in ["bool", *STORED]}
+DTYPES = {name: name for name in ["bool", *STORED]}     # what is supported: the dtype of its values, or of its offsets
 DTYPES |= {"null": None, "struct": None,
            "date32": "M8[D]", "timestamp": "M8[{}]", "duration": "m8[{}]",
            "fixed_size_binary": "i8", "fixed_size_list": "i8"}
@@ -145,8 +144,7 @@ def naming(where):                          # what goes wrong in the block is a 
 
 # --- arrays: numpy views that belong together ------------------------------------------------------------------------
 @dataclass
-class Array:
-    """Rows of one type; immutable."""
+class Array:                            # rows of one type; immutable
     type: Type
     length: int
     data: np.ndarray | None = None      # fixed: values [rows]; lists and text: offsets [rows + 1], from 0 on
@@ -180,8 +178,7 @@ class Array:
         length = rows.stop - rows.start if shared else len(rows)
         return Array(self.type, length, data, children, None if self.valid is None else self.valid[rows])
     def pick_spans(self, starts, lengths):
-        """Rows start : start + length of every span, joined. Long spans are copied span by span, because an index
-        costs 8 bytes and some 5 ns an item; short ones are not worth a Python step each."""
+        """Rows start : start + length of every span, joined; long ones as slices: an index costs 5 ns an item."""
         total = int(lengths.sum())
         if self.type.family == "fixed" and self.valid is None and total > 48 * len(lengths):
             spans = zip(starts.tolist(), (starts + lengths).tolist())
@@ -281,7 +278,6 @@ def natural(values):                        # the type for Python values; what l
             spec = "list<null>" if family == "list" else family
         found = unify(found, as_type(NATURAL.get(spec, spec)))
     return found
-
 def build(values, kind=None):
     """Python values as an array of a type, or of the one that is natural for them; a ValueError if one does not fit."""
     n = len(values)
@@ -426,8 +422,7 @@ class Column:
     def to_pylist(self):
         return self.combine().to_pylist()
     def to_numpy(self):
-        """Numbers and times: the buffer itself, with nulls a copy with NaN or NaT (integers as float64, as pyarrow).
-        fixed_size_list: [rows, size]. Else an array of Python objects; of lists of numbers those are arrays."""
+        """Numbers, times: the buffer itself, with nulls a copy with NaN, NaT; fixed_size_list: [rows, size]; else objects."""
         return self.combine().to_numpy()
     def to_torch(self):
         """A tensor over the same memory, which may be written to: no file changes. Of lists, a list of tensors."""
@@ -508,8 +503,7 @@ class Table(Column):
             file.flush()
             return read(f"/proc/self/fd/{file.fileno()}")
     @classmethod
-    def from_pydict(cls, columns, schema=None, metadata=None):
-        """Columns that a schema has and the dict lacks are null."""
+    def from_pydict(cls, columns, schema=None, metadata=None):     # what the dict lacks and a schema has is null
         schema = schema and Schema(schema)
         arrays = {}
         for name, values in columns.items():
@@ -522,14 +516,12 @@ class Table(Column):
         children = [arrays.get(name) or build([None] * n, kind) for name, kind, _ in schema]
         return cls(schema, [Array(schema, n, None, children)])
     @classmethod
-    def from_pylist(cls, rows, schema=None):
-        """A name that a row lacks is null there."""
+    def from_pylist(cls, rows, schema=None):                # a name that a row lacks is null there
         rows = list(rows)
         names = Schema(schema).names if schema else ()
         return cls.from_pydict(transpose(rows, chain(names, *rows)), schema)
     @classmethod
-    def from_jsonl(cls, path, schema=None):
-        """One JSON object a line."""
+    def from_jsonl(cls, path, schema=None):                 # one JSON object a line
         rows = []
         with open(path, encoding="utf-8-sig") as file, naming(path):
             for number, line in enumerate(file, 1):
@@ -552,8 +544,7 @@ class Table(Column):
     def drop(self, *names):
         gone = self.select_columns(*names).column_names
         return self.select_columns([name for name in self.column_names if name not in gone])
-    def rename(self, names):
-        """{old name: new name}"""
+    def rename(self, names):                # {old name: new name}
         return self.members({name: name for name in self.column_names} | names)
     def members(self, names):               # the columns of these names, {here: in the new table}
         places = [self.type.place(name) for name in names]
@@ -600,8 +591,7 @@ def json_value(value):
     return value.isoformat() if isinstance(value, dt.date) else str(value)
 
 # --- flatbuffers: the metadata of a file -----------------------------------------------------------------------------
-# A table, a letter a slot. s: bytes; T: a table; V: a vector of tables; 1, 2, 3: one of structs of so many longs; else
-# a number as struct has it.
+# A table, a letter a slot. s: bytes; T: a table; V: a vector of tables; 1, 2, 3: of so many longs; else as in struct.
 MESSAGE = "hBTq"                # version, what it holds, that, the size of its body
 SCHEMA_TABLE = "hVV"            # byte order, fields, metadata
 PAIR = "ss"                     # key, value
@@ -643,7 +633,6 @@ def refer(out, place, other):
     out += bytes(-len(out) % 8)
     struct.pack_into("<I", out, place, len(out) + 4 - place)
     out += other
-
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
     def number(at, code="<i"):                  # refuses what lies outside of the buffer
@@ -669,8 +658,7 @@ def parse(buffer, at, formats):
     return list(map(slot, formats, [*places, *bytes(len(formats))]))
 
 # --- schemas as metadata ---------------------------------------------------------------------------------------------
-# What the members of a file's union of types are called; a type has its number there.
-MEMBERS = (
+MEMBERS = (                                 # of a file's union of types; a type has its number there
     "none null int float binary utf8 bool decimal date time timestamp interval list struct union fixed_size_binary "
     "fixed_size_list map duration large_binary large_utf8 large_list run_end_encoded binary_view utf8_view list_view "
     "large_list_view").split()
@@ -856,8 +844,7 @@ class Writer(ExitStack):
         self.callback(self.finish)
         magic = b"" if stream else b"ARROW1\0\0"
         self.file.write(magic + message(SCHEMA, write_schema(self.schema)))
-    def write(self, rows):
-        """Add a table, a list of rows or a dict of columns."""
+    def write(self, rows):                  # a table, a list of rows or a dict of columns
         if isinstance(rows, list):
             rows = Table.from_pylist(rows, self.schema)
         if isinstance(rows, dict):
