@@ -422,7 +422,7 @@ class Column:
     def to_pylist(self):
         return self.combine().to_pylist()
     def to_numpy(self):
-        """Numbers, times: the buffer itself, with nulls a copy with NaN, NaT; fixed_size_list: [rows, size]; or objects."""
+        """Numbers and times: the buffer itself, with nulls a copy with NaN or NaT; lists of one size: [rows, size]."""
         return self.combine().to_numpy()
     def to_torch(self):
         """A tensor over the same memory, which may be written to: no file changes. Of lists, a list of tensors."""
