@@ -25,7 +25,7 @@ format (stream=True: datasets) has none. Left out: writing dictionaries and comp
 """
 from __future__ import annotations
 import datetime as dt
-import json, mmap, os, re, struct, tempfile, timeit
+import json, mmap, os, re, struct, tempfile, threading, timeit
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -41,8 +41,7 @@ STORED = {"date32": ("date", 0)}        # the types whose name in a file is anot
 STORED |= {f"float{16 << i}": ("float", i) for i in range(3)}
 for bits in (8, 16, 32, 64):
     STORED |= {f"int{bits}": ("int", bits, 1), f"uint{bits}": ("int", bits, 0)}
-# What is supported, with the dtype of its values, or of the offsets of its rows. Structs and nulls have neither.
-DTYPES = {name: name for name in ["bool", *STORED]}
+DTYPES = {name: name for name in ["bool", *STORED]}     # what is supported: the dtype of its values, or of its offsets
 DTYPES |= {"null": None, "struct": None,
            "date32": "M8[D]", "timestamp": "M8[{}]", "duration": "m8[{}]",
            "fixed_size_binary": "i8", "fixed_size_list": "i8"}
@@ -128,7 +127,7 @@ def as_type(spec):                          # from a Type, its spelling (but of 
         return spec
     if not isinstance(spec, str):
         spec = np.dtype(spec).name
-    parts = re.fullmatch(r"(\w+)(?:<(.+)>)?(?:\[(\d*)(\w*)(?:, *(.+))?\])?", ALIASES.get(spec, spec))
+    parts = re.fullmatch(r"(\w+)(?:<(.+)>)?(?:\[(\d*)(\w*)(?:, *(?:tz=)?(.+))?\])?", ALIASES.get(spec, spec))
     name = parts and ALIASES.get(parts[1], parts[1])
     check(name in DTYPES, f"{spec!r} is no Arrow type that can be spelled; those are {', '.join(DTYPES)}")
     _, inner, size, unit, tz = parts.groups("")
@@ -145,8 +144,7 @@ def naming(where):                          # what goes wrong in the block is a 
 
 # --- arrays: numpy views that belong together ------------------------------------------------------------------------
 @dataclass
-class Array:
-    """Rows of one type; immutable."""
+class Array:                            # rows of one type; immutable
     type: Type
     length: int
     data: np.ndarray | None = None      # fixed: values [rows]; lists and text: offsets [rows + 1], from 0 on
@@ -180,8 +178,7 @@ class Array:
         length = rows.stop - rows.start if shared else len(rows)
         return Array(self.type, length, data, children, None if self.valid is None else self.valid[rows])
     def pick_spans(self, starts, lengths):
-        """Rows start : start + length of every span, joined. Long spans are copied span by span, because an index
-        costs 8 bytes and some 5 ns an item; short ones are not worth a Python step each."""
+        """Rows start : start + length of every span, joined; long ones as slices: an index costs 5 ns an item."""
         total = int(lengths.sum())
         if self.type.family == "fixed" and self.valid is None and total > 48 * len(lengths):
             spans = zip(starts.tolist(), (starts + lengths).tolist())
@@ -270,7 +267,7 @@ def family_of(kind):                        # of types that hold the values of a
         if issubclass(kind, python):
             return family
     return "list" if hasattr(kind, "__len__") else "fixed"
-NATURAL = {dt.date: "date32", dt.datetime: "timestamp[us]", dt.timedelta: "duration[us]"}
+NATURAL = {dt.date: "datetime64[D]", dt.datetime: "datetime64[us]", dt.timedelta: "timedelta64[us]"}
 def natural(values):                        # the type for Python values; what lists and structs hold is left open
     found = Type("null")
     for spec, value in {getattr(value, "dtype", type(value)): value for value in values}.items():
@@ -281,7 +278,6 @@ def natural(values):                        # the type for Python values; what l
             spec = "list<null>" if family == "list" else family
         found = unify(found, as_type(NATURAL.get(spec, spec)))
     return found
-
 def build(values, kind=None):
     """Python values as an array of a type, or of the one that is natural for them; a ValueError if one does not fit."""
     n = len(values)
@@ -324,12 +320,20 @@ def join_rows(rows, part):                  # the items of all rows, of a type o
     if rows and all(hasattr(row, "__array__") for row in rows):
         return array(np.concatenate(rows), part).combine()
     return build(list(chain(*rows)), part)
+def in_utc(time):                           # without a zone, as what has none is taken to be
+    return time.astimezone(dt.timezone.utc).replace(tzinfo=None) if getattr(time, "tzinfo", None) else time
+def given_back(stored, value):              # a time in the value's unit: one that was too large is another there
+    if isinstance(value, type(stored)):
+        return stored.astype(value.dtype)
+    return stored.astype(NATURAL[type(value)]).item() if type(value) in NATURAL else stored
 def exact(values, kind):                    # numbers and times as stored; only floats may be rounded, to floats
     if kind.tz:
-        values = [value.astimezone(dt.timezone.utc).replace(tzinfo=None) for value in values]
+        values = list(map(in_utc, values))
     with np.errstate(over="raise"), naming(f"a value does not fit in a column of {kind}"):
         out = np.array(values, kind.dtype)
     found = out.tolist() if kind.is_plain else list(out)
+    if kind.unit:
+        found = list(map(given_back, found, values))
     if found != values:
         rounded = (float, np.floating) if kind.dtype.kind == "f" else ()
         for value, same in zip(values, found):
@@ -399,7 +403,7 @@ class Column:
             yield from self[start:start + 1000].to_pylist()
     def batches(self):                      # the rows as arrays: as the chunks lie, after a shuffle 10,000 at a time
         rows = self.rows
-        if isinstance(rows, range) and rows.step == 1:
+        if isinstance(rows, range) and rows and rows.step == 1:
             first = bisect_right(self.starts, rows.start) - 1
             for k in range(first, bisect_left(self.starts, rows.stop)):
                 start = max(rows.start - self.starts[k], 0)
@@ -418,14 +422,15 @@ class Column:
     def to_pylist(self):
         return self.combine().to_pylist()
     def to_numpy(self):
-        """Numbers and times: the buffer itself, with nulls a copy with NaN or NaT (integers as float64, as pyarrow).
-        fixed_size_list: [rows, size]. Else an array of Python objects; of lists of numbers those are arrays."""
+        """Numbers and times: the buffer itself, with nulls a copy with NaN or NaT; lists of one size: [rows, size]."""
         return self.combine().to_numpy()
     def to_torch(self):
         """A tensor over the same memory, which may be written to: no file changes. Of lists, a list of tensors."""
         import torch
-        values = self.to_numpy()
+        made = self.combine()
+        values = made.to_numpy()
         if values.dtype == object:
+            check(not made.null_count, "a null is no tensor; filter those rows out first")
             return list(map(torch.from_numpy, values))
         return torch.from_numpy(values)
     @property
@@ -498,8 +503,7 @@ class Table(Column):
             file.flush()
             return read(f"/proc/self/fd/{file.fileno()}")
     @classmethod
-    def from_pydict(cls, columns, schema=None, metadata=None):
-        """Columns that a schema has and the dict lacks are null."""
+    def from_pydict(cls, columns, schema=None, metadata=None):     # what the dict lacks and a schema has is null
         schema = schema and Schema(schema)
         arrays = {}
         for name, values in columns.items():
@@ -512,14 +516,12 @@ class Table(Column):
         children = [arrays.get(name) or build([None] * n, kind) for name, kind, _ in schema]
         return cls(schema, [Array(schema, n, None, children)])
     @classmethod
-    def from_pylist(cls, rows, schema=None):
-        """A name that a row lacks is null there."""
+    def from_pylist(cls, rows, schema=None):                # a name that a row lacks is null there
         rows = list(rows)
         names = Schema(schema).names if schema else ()
         return cls.from_pydict(transpose(rows, chain(names, *rows)), schema)
     @classmethod
-    def from_jsonl(cls, path, schema=None):
-        """One JSON object a line."""
+    def from_jsonl(cls, path, schema=None):                 # one JSON object a line
         rows = []
         with open(path, encoding="utf-8-sig") as file, naming(path):
             for number, line in enumerate(file, 1):
@@ -542,8 +544,7 @@ class Table(Column):
     def drop(self, *names):
         gone = self.select_columns(*names).column_names
         return self.select_columns([name for name in self.column_names if name not in gone])
-    def rename(self, names):
-        """{old name: new name}"""
+    def rename(self, names):                # {old name: new name}
         return self.members({name: name for name in self.column_names} | names)
     def members(self, names):               # the columns of these names, {here: in the new table}
         places = [self.type.place(name) for name in names]
@@ -590,8 +591,7 @@ def json_value(value):
     return value.isoformat() if isinstance(value, dt.date) else str(value)
 
 # --- flatbuffers: the metadata of a file -----------------------------------------------------------------------------
-# A table, a letter a slot. s: bytes; T: a table; V: a vector of tables; 1, 2, 3: one of structs of so many longs; else
-# a number as struct has it.
+# A table, a letter a slot. s: bytes; T: a table; V: a vector of tables; 1, 2, 3: of so many longs; else as in struct.
 MESSAGE = "hBTq"                # version, what it holds, that, the size of its body
 SCHEMA_TABLE = "hVV"            # byte order, fields, metadata
 PAIR = "ss"                     # key, value
@@ -633,7 +633,6 @@ def refer(out, place, other):
     out += bytes(-len(out) % 8)
     struct.pack_into("<I", out, place, len(out) + 4 - place)
     out += other
-
 def parse(buffer, at, formats):
     """The slots of the table to which `at` refers; of tables where they are. What is absent is 0 (H: 1) or empty."""
     def number(at, code="<i"):                  # refuses what lies outside of the buffer
@@ -659,8 +658,7 @@ def parse(buffer, at, formats):
     return list(map(slot, formats, [*places, *bytes(len(formats))]))
 
 # --- schemas as metadata ---------------------------------------------------------------------------------------------
-# What the members of a file's union of types are called; a type has its number there.
-MEMBERS = (
+MEMBERS = (                                 # of a file's union of types; a type has its number there
     "none null int float binary utf8 bool decimal date time timestamp interval list struct union fixed_size_binary "
     "fixed_size_list map duration large_binary large_utf8 large_list run_end_encoded binary_view utf8_view list_view "
     "large_list_view").split()
@@ -744,12 +742,15 @@ class Batch(Array):
         self.counts = iter(counts)                          # of buffers, one for each array of views
         self.dictionaries = dictionaries                    # {number: (metadata, where there, body) of its values}
         self.explain = explain
-        self.most = max(1 << 18, 8 * len(body))             # rows: one takes a bit at least, but for nulls
+        self.lock = threading.Lock()
+        self.most = max(1 << 22, 8 * len(body))             # rows: one takes a bit at least, but for nulls
         check(0 <= self.length <= self.most)
     @cached_property
     def children(self):
-        with self.explain():
-            return self.array(self.type).children
+        with self.lock, self.explain():
+            if "children" not in vars(self):                # another thread was first: nodes and buffers are used up
+                self.children = self.array(self.type).children
+        return self.children
     def buffer(self, dtype="u1", count=-1):  # the next one, all of it or so many items
         return np.frombuffer(next(self.buffers), dtype, count)
     def bits(self, count):
@@ -821,7 +822,7 @@ def atomic(path):                           # a file that appears under its name
     final = os.path.realpath(path)
     replaceable = os.path.isfile(final) or not os.path.exists(final)
     check(replaceable, f"{path} is a directory or a device, and no file that can be replaced")
-    temporary = f"{final}.{os.getpid()}.tmp"
+    temporary = f"{final}.{threading.get_native_id()}.tmp"
     with open(temporary, "wb") as file:
         try:
             yield file
@@ -843,8 +844,7 @@ class Writer(ExitStack):
         self.callback(self.finish)
         magic = b"" if stream else b"ARROW1\0\0"
         self.file.write(magic + message(SCHEMA, write_schema(self.schema)))
-    def write(self, rows):
-        """Add a table, a list of rows or a dict of columns."""
+    def write(self, rows):                  # a table, a list of rows or a dict of columns
         if isinstance(rows, list):
             rows = Table.from_pylist(rows, self.schema)
         if isinstance(rows, dict):

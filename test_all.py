@@ -30,7 +30,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -255,7 +254,7 @@ def test_arrowlite_views_of_views_read_like_lists(tmp_path, seed):
             (view[3::2], numbers[3::2]),
             (view.filter(mask), numbers[mask]),
             (view.shuffle(3), np.random.default_rng(3).permutation(numbers)),
-            (al.concat([view.slice(2), view.slice(0, 2)]), np.roll(numbers, -2)),
+            (al.concat([view[2:], view[9:2], view.slice(0, 2)]), np.roll(numbers, -2)),
         ][rng.integers(5)]
     rows = [rows[i] for i in numbers]
     al.write(view, tmp_path / "t")
@@ -298,16 +297,16 @@ def test_arrowlite_a_value_that_would_change_is_refused():
         None: [
             [2**64],
             [1, "a"],
-            [True, 1],
             ["\ud800"],
             "text",
             [AL_TIME, AL_DAY],
         ],
         "int8": [[300], [1.5]],
-        "float64": [["1"], [2**53 + 1]],
+        "float64": [["1"]],
         "fixed_size_binary[2]": [[b"abc"]],
         "list<utf8>": [["ab"]],
         "date32": [[AL_TIME.replace(tzinfo=None)]],
+        "timestamp[ns]": [[AL_TIME], [dt.datetime.max]],
         "null": [[1]],
         "timestamp[h]": [[1]],
         "no_such_type": [[1]],
@@ -326,14 +325,16 @@ def test_arrowlite_concat_finds_the_common_type_of_columns():
     parts = [al.Table.from_pylist([row]) for row in rows]
     parts.append(al.Table.from_pydict({"x": np.int8([2])}))
     assert al.concat(parts).to_pylist() == [*rows, {"x": 2, "l": None, "s": None}]
-    for a, b, wanted in (
-        ("uint8", "int8", "int16"),
-        ("timestamp[s]", "timestamp[ns]", "timestamp[ns]"),
-        ("list<int8>", "large_list<null>", "large_list<int8>"),
+    for a, b, wanted, value in (
+        ("uint8", "int8", "int16", 1),
+        ("timestamp[s, tz=UTC]", "timestamp[ns, UTC]", "timestamp[ns, UTC]", np.datetime64(AL_DAY)),
+        ("list<int8>", "large_list<null>", "large_list<int8>", []),
     ):
         for kinds in ((a, b), (b, a)):
-            tables = [al.Table.from_pylist([], {"x": kind}) for kind in kinds]
-            assert al.concat(tables)["x"].type == wanted
+            tables = [al.Table.from_pylist([{"x": value}], {"x": kind}) for kind in kinds]
+            both = al.concat(tables)["x"]
+            assert both.type == wanted
+            assert list(both) == [value] * 2
     for wrong in (True, 2**53 + 1):
         with pytest.raises(ValueError, match="column 'x'"):
             al.concat([*parts, al.Table.from_pydict({"x": [wrong]})])
@@ -361,7 +362,6 @@ def test_arrowlite_rows_are_mapped_and_columns_added_renamed_dropped_and_split()
         table.drop("nope")
     for method, *wrong in (
         ("split", 301),
-        ("select", [0.5]),
         ("select", [True]),
         ("filter", [True]),
         ("rename", {"a": "b"}),
@@ -458,7 +458,6 @@ def test_arrowlite_what_cannot_be_read_is_refused_in_a_sentence(tmp_path):
         refused("")
     for name, column in (
         ("same name", pa.StructArray.from_arrays([[1], [2]], ["a", "a"])),
-        ("decimal", [Decimal("1.5")]),
         ("date", pa.array([AL_DAY], pa.date64())),
     ):
         al_save(pa.table({"col": column}), path)
@@ -502,7 +501,8 @@ def test_arrowlite_a_file_appears_whole_or_not_at_all(tmp_path):
         al.Table.from_pydict({"x": [b"a"]}).to_jsonl(path)
     assert os.listdir(tmp_path) == ["t.arrow"]
     mapped = al.read(path)
-    al.write(mapped[::-1], path)                                            # over the file that is mapped
+    with ThreadPoolExecutor() as pool:                                      # over the file that is mapped
+        list(pool.map(al.write, [mapped[::-1]] * 9, [path] * 9))
     assert mapped["x"][999] == al.read(path)["x"][0] == 999
     with pytest.raises(ValueError, match="directory or a device"):
         al.write(table, tmp_path)
