@@ -1734,7 +1734,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_what_cannot_be_is_refused_by_name():
     yarn = dict(rope_type="yarn", rope_theta=1e4, factor=4.0)
     wrong = dict(
-        hidden_act="gelu", attention_bias=True, model_type="gemma", rope_parameters=yarn,
+        hidden_act="gelu", model_type="gemma", rope_parameters=yarn,
         quantization_config={"quant_method": "fp8"})
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name.replace("parameters", "type")):
@@ -3017,10 +3017,9 @@ def test_mistakes_are_one_line_and_leave_nothing(
     sft_rows("rows.arrow")
     sft.claim(sft.Config(out="taken"))
     al.write(al.Table.from_pylist([{"prompt": "a"}]), "raw.arrow")
-    far = {"held_out": False, "input_ids": [1, 999], "loss_mask": [0, 1]}
-    al.write(al.Table.from_pylist([far]), "far.arrow")
-    long = far | {"input_ids": [1] * 5000, "loss_mask": [1] * 5000}
-    al.write(al.Table.from_pylist([long]), "long.arrow")
+    for name, ids in (("far", [1, 999]), ("long", [1] * 5000)):
+        row = {"held_out": False, "input_ids": ids, "loss_mask": ids}
+        al.write(al.Table.from_pylist([row]), f"{name}.arrow")
     program("evaluate.py arithmetic --n 20 --out sums.jsonl")
     Path("reward.py").touch()
     before = sorted(tmp_path.rglob("*"))
