@@ -840,8 +840,8 @@ class Remote:                       # what can be called: a function, a class, o
         values = [ObjectRef(client, next(client.ids)) for _ in range(plan["num_returns"])]
         returns = [value.id for value in values]
         tid = returns[0] if returns else next(client.ids)
-        function = None if self.actor else put_once(client, self.target).id
-        fields = (tid, function, self.method, stored, deps, refs, returns, plan)
+        function = None if self.actor else put_once(client, self.target)        # kept until it is sent
+        fields = (tid, function and function.id, self.method, stored, deps, refs, returns, plan)
         if self.method == "__init__": return client.find_actor(plan["name"], plan["get_if_exists"], *fields, tid)
         client.send("submit", *fields, self.actor and self.actor._ref.id)
         return values[0] if len(values) == 1 else values or None
@@ -975,6 +975,6 @@ def table(names, large=1 << 30):
     for what in columns[0]: print(f"{what:26}", *[f"{column[what]:12,.1f}" for column in columns])
 
 if __name__ == "__main__":
-    import actors as module         # not as __main__: workers have to find its classes under the name they import
-    module.demo()
-    module.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
+    import actors                   # not as __main__: workers have to find its classes under the name they import
+    actors.demo()
+    actors.table(["actors", "ray"] if importlib.util.find_spec("ray") else ["actors"])
