@@ -647,7 +647,7 @@ def check(c: Config):
     if not (c.model and c.data and c.out):
         raise ValueError("--model, --data and --out must be given; python ppo.py alone is the demo")
     sft.at_least_one(c, "batch", "samples", "max_response", "minibatches", "epochs", "generator_tp", "steps",
-                       "save_every", "log_every", "eval_every")
+                     "save_every", "log_every", "eval_every")
     importlib.import_module(c.runtime)
     positions = parallel.Config.from_pretrained(c.model).max_position_embeddings
     if c.max_prompt + c.max_response > positions:
